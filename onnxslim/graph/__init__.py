@@ -1,0 +1,1 @@
+"""What is true of a graph: its constants, shapes, cost and coupled channels."""

@@ -1,0 +1,134 @@
+"""Types and shapes of every tensor, by ONNX shape inference on a weightless copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.function import Function
+
+from onnxslim.errors import RecipeError
+from onnxslim.model import Model
+from onnxslim.proto import declared_type
+
+__all__ = ["Shapes", "infer_shapes", "input_shape"]
+
+Shape = list[int | str | None]
+
+
+class Shapes:
+    """Dtype and shape of each tensor of a model, as they were when :func:`infer_shapes` ran.
+
+    A dimension is an int where it is the same for every legal input, a str where the file or inference gave it a
+    symbol, None where nothing is known.
+    """
+
+    def __init__(self, known: dict[int, tuple[np.dtype | None, Shape | None]], keep: list[gs.Tensor]) -> None:
+        self._known = known
+        self._keep = keep  # ids stay unique only while their objects live
+
+    def shape(self, tensor: gs.Tensor) -> Shape | None:
+        """The shape of a tensor; None where not even the rank is known."""
+        if isinstance(tensor, gs.Constant):
+            return [int(size) for size in tensor.shape]
+        return self._known.get(id(tensor), (None, None))[1]
+
+    def dtype(self, tensor: gs.Tensor) -> np.dtype | None:
+        """The dtype of a tensor; None where it is unknown or the value is not a dense tensor."""
+        if isinstance(tensor, gs.Constant):
+            return np.dtype(tensor.dtype)
+        return self._known.get(id(tensor), (None, None))[0]
+
+    def static(self, tensor: gs.Tensor) -> list[int] | None:
+        """The shape of a tensor when every dimension is known, else None."""
+        shape = self.shape(tensor)
+        if shape is None or not all(isinstance(size, int) for size in shape):
+            return None
+        return [int(size) for size in shape if isinstance(size, int)]
+
+
+def infer_shapes(model: Model, fixed: Mapping[str, Sequence[int]] | None = None) -> Shapes:
+    """Infer the type and shape of every tensor of the main graph and of its subgraphs.
+
+    Function bodies have no shapes of their own; their tensors are unknown here.
+
+    Args:
+        model: left as it is.
+        fixed: sizes for graph inputs, by name, taken as if the file declared them.
+
+    Raises:
+        RecipeError: ``fixed`` names no input of the model, or disagrees with what the input declares.
+    """
+    skeleton = model.to_skeleton()
+    if fixed:
+        _fix_inputs(skeleton.graph, fixed)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(skeleton, strict_mode=False, data_prop=True)
+    except Exception:  # onnx raises RuntimeError subclasses and ValueError; what the file declares is still known
+        inferred = skeleton
+    known: dict[int, tuple[np.dtype | None, Shape | None]] = {}
+    keep: list[gs.Tensor] = []
+    _match(model.graph, inferred.graph, known, keep)
+    return Shapes(known, keep)
+
+
+def input_shape(declared: Sequence[int | str | None], wanted: Sequence[int], name: str) -> list[int]:
+    """Check the sizes that a user gave for an input against what the file declares.
+
+    Raises:
+        RecipeError: the ranks differ, a size is negative, or a declared size is another one.
+    """
+    if len(declared) != len(wanted) or any(
+        size < 0 or (isinstance(known, int) and known != size) for known, size in zip(declared, wanted, strict=False)
+    ):
+        raise RecipeError(f"[shapes] {name} = {list(wanted)} does not fit the model, which declares {list(declared)}.")
+    return list(wanted)
+
+
+def _fix_inputs(graph: onnx.GraphProto, fixed: Mapping[str, Sequence[int]]) -> None:
+    inputs = {info.name: info for info in graph.input}
+    for name, sizes in fixed.items():
+        if name not in inputs:
+            raise RecipeError(f"[shapes] {name}: the model has no such input; it has {', '.join(inputs)}.")
+        tensor = inputs[name].type.tensor_type
+        if tensor.HasField("shape"):
+            input_shape(declared_type(inputs[name])[1] or [], sizes, name)
+        tensor.ClearField("shape")
+        tensor.shape.SetInParent()
+        for size in sizes:
+            tensor.shape.dim.add().dim_value = size
+    # What the file declares of inner tensors may name the symbols that were just given sizes; infer it anew.
+    stale = [info for info in graph.value_info if any(dim.dim_param for dim in info.type.tensor_type.shape.dim)]
+    for info in stale:
+        graph.value_info.remove(info)
+
+
+def _match(
+    graph: gs.Graph,
+    proto: onnx.GraphProto,
+    known: dict[int, tuple[np.dtype | None, Shape | None]],
+    keep: list[gs.Tensor],
+) -> None:
+    """Pair the tensors of a graph with the inferred types of the same names; bodies by node order."""
+    infos = {info.name: info for field in (proto.value_info, proto.output, proto.input) for info in field}
+
+    def note(tensor: gs.Tensor) -> None:
+        if isinstance(tensor, gs.Variable) and not tensor.is_empty() and tensor.name in infos:
+            known[id(tensor)] = declared_type(infos[tensor.name])
+            keep.append(tensor)
+
+    for tensor in graph.inputs:
+        note(tensor)
+    for node, node_proto in zip(graph.nodes, proto.node, strict=True):
+        for tensor in node.outputs:
+            note(tensor)
+            if node.op == "Constant" and not node.domain and isinstance(node.attrs.get("value"), gs.Constant):
+                value = node.attrs["value"]
+                known[id(tensor)] = (np.dtype(value.dtype), [int(size) for size in value.shape])
+        if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
+            bodies = {attribute.name: attribute.g for attribute in node_proto.attribute}
+            for name, value in node.attrs.items():
+                if isinstance(value, gs.Graph) and not isinstance(value, Function):
+                    _match(value, bodies[name], known, keep)

@@ -1,0 +1,667 @@
+"""ONNX protobuf <-> onnx-graphsurgeon objects, losing nothing.
+
+graphsurgeon's own importer and exporter drop metadata properties, node doc strings and overloads, quantization
+annotations, TypeProto and sparse attributes, denotations, optional and nested sequence types, unused initializers,
+initializers that are also graph inputs and raise on an empty list attribute or a string that is not UTF-8. The
+conversion here keeps graphsurgeon's objects, which the passes work on, and carries what they have no place for:
+
+* a ``header`` on graphs, functions and nodes: a protobuf of their own type with every field that graphsurgeon lacks;
+* ``info`` on tensors: the ``ValueInfoProto`` as it stood in the file, written again while dtype and shape still agree;
+* ``default`` on a graph input: its initializer, which a caller may override (IR version 4 and later), so that the
+  tensor stays a variable and no pass can fold it;
+* ``source`` on constants: the ``TensorProto``, written again unless the values were replaced;
+* attributes that graphsurgeon has no type for stay ``AttributeProto``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import AttributeProto, TensorProto, helper
+from onnx_graphsurgeon.ir.function import Function
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from onnxslim.errors import ModelError
+
+__all__ = [
+    "ExternalFile",
+    "TensorSource",
+    "TensorWriter",
+    "array_to_tensor",
+    "declared_type",
+    "export_function",
+    "export_graph",
+    "import_function",
+    "import_graph",
+    "inline_tensor",
+    "tensor_nbytes",
+]
+
+_GRAPH_FIELDS = frozenset({"node", "input", "output", "initializer", "sparse_initializer", "value_info", "name"})
+_NODE_FIELDS = frozenset({"input", "output", "attribute", "op_type", "name", "domain"})
+_FUNCTION_FIELDS = frozenset({"node", "input", "output", "name", "domain", "attribute", "attribute_proto", "value_info"})
+
+TensorWriter = Callable[[gs.Constant], TensorProto]
+"""Turns a constant into the TensorProto to write: with its bytes, as a placeholder, or pointing at a data file."""
+
+
+def _copy_fields(source: Any, target: Any, skip: frozenset[str]) -> None:
+    for field, value in source.ListFields():
+        if field.name in skip:
+            continue
+        if isinstance(value, (int, float, str, bytes)):
+            setattr(target, field.name, value)
+        else:
+            getattr(target, field.name).MergeFrom(value)
+
+
+# --------------------------------------------------------------------------------------------------------- tensors
+
+
+@dataclass(frozen=True)
+class ExternalFile:
+    """Where the bytes of one tensor lie outside the model file; checked to be inside the model's folder."""
+
+    path: Path
+    offset: int
+    length: int
+
+
+class TensorSource(LazyValues):  # type: ignore[misc]
+    """The values of a constant that are still where the file has them, loaded when first read.
+
+    Attributes:
+        tensor: the TensorProto or SparseTensorProto.
+        shape: dimensions, a tuple.
+        dtype: NumPy dtype (``ml_dtypes`` for bfloat16, float8 and 4-bit types; object for strings).
+        external: where the bytes are, when they are not in the proto.
+    """
+
+    def __init__(
+        self, tensor: TensorProto | onnx.SparseTensorProto, external: ExternalFile | None = None
+    ) -> None:
+        self.tensor = tensor
+        self.external = external
+        self.shape = tuple(tensor.dims)
+        self.sparse = isinstance(tensor, onnx.SparseTensorProto)
+        data_type = tensor.values.data_type if self.sparse else tensor.data_type
+        try:
+            self.dtype = helper.tensor_dtype_to_np_dtype(data_type)
+        except KeyError:
+            name = tensor.values.name if self.sparse else tensor.name
+            raise ModelError(f"tensor {name!r}: unknown data type {data_type}; the file is corrupt or too new.") from None
+        self._loaded: weakref.ref[np.ndarray] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense values as ONNX stores them (4-bit types packed in pairs)."""
+        count = int(np.prod(self.shape, dtype=np.int64))
+        return (count * _bits(self.dtype) + 7) // 8
+
+    def load(self) -> np.ndarray:
+        """Return the values as a read-only array; a read-only view of the file where they lie outside the model."""
+        array = self._loaded() if self._loaded is not None else None
+        if array is None:
+            array = self._read()
+            array.flags.writeable = False
+            self._loaded = weakref.ref(array)
+        return array
+
+    def is_source_of(self, values: object) -> bool:
+        """Whether ``values`` is what :meth:`load` returned, so that writing the proto again writes the same."""
+        return values is self or (self._loaded is not None and self._loaded() is values)
+
+    def _read(self) -> np.ndarray:
+        if self.sparse:
+            return _dense(self.tensor)
+        if self.external is not None and _bits(self.dtype) >= 8:
+            if self.external.length == 0:
+                return np.zeros(self.shape, self.dtype)
+            count = int(np.prod(self.shape, dtype=np.int64))
+            dtype = self.dtype.newbyteorder("<") if self.dtype.kind in "iufc" else self.dtype
+            mapped = np.memmap(self.external.path, mode="r", offset=self.external.offset, dtype=np.uint8, shape=(self.external.length,))
+            return np.frombuffer(mapped, dtype=dtype, count=count).reshape(self.shape)
+        try:
+            return np.asarray(onnx.numpy_helper.to_array(self.inline())).reshape(self.shape).view()
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"initializer {self.tensor.name!r}: its data does not fit its shape ({error}).") from None
+
+    def inline(self) -> TensorProto:
+        """The tensor with its bytes inside the proto."""
+        tensor = TensorProto()
+        tensor.CopyFrom(self.tensor)
+        if self.external is not None:
+            with self.external.path.open("rb") as file:
+                file.seek(self.external.offset)
+                tensor.raw_data = file.read(self.external.length)
+            del tensor.external_data[:]
+            tensor.ClearField("data_location")
+        return tensor
+
+
+def _bits(dtype: np.dtype) -> int:
+    import ml_dtypes
+
+    four = {np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)}
+    four |= {np.dtype(getattr(ml_dtypes, name)) for name in ("float4_e2m1fn",) if hasattr(ml_dtypes, name)}
+    two = {np.dtype(getattr(ml_dtypes, name)) for name in ("int2", "uint2") if hasattr(ml_dtypes, name)}
+    return 4 if dtype in four else 2 if dtype in two else 8 * dtype.itemsize
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> np.ndarray:
+    values = onnx.numpy_helper.to_array(sparse.values)
+    indices = onnx.numpy_helper.to_array(sparse.indices)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    if indices.ndim == 1:
+        dense.reshape(-1)[indices] = values
+    else:
+        dense[tuple(indices.T)] = values
+    return dense
+
+
+def array_to_tensor(name: str, values: np.ndarray) -> TensorProto:
+    """The TensorProto of an array: little-endian raw bytes, 4-bit types packed, strings as strings."""
+    if values.dtype == object or values.dtype.kind in "US":
+        strings = [item if isinstance(item, bytes) else str(item).encode() for item in values.reshape(-1)]
+        return TensorProto(name=name, data_type=TensorProto.STRING, dims=values.shape, string_data=strings)
+    tensor: TensorProto = onnx.numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
+    return tensor
+
+
+def inline_tensor(constant: gs.Constant) -> TensorProto:
+    """The TensorProto of a constant with its bytes inside: the default :data:`TensorWriter`."""
+    source = _source(constant)
+    if source is None:
+        return array_to_tensor(constant.name, constant.values)
+    tensor = source.inline()
+    if tensor.name != constant.name:
+        tensor.name = constant.name
+    return tensor
+
+
+def tensor_nbytes(constant: gs.Constant) -> int:
+    """Bytes of a constant as ONNX stores it: 4-bit types packed in pairs."""
+    values = constant._values
+    if isinstance(values, TensorSource):
+        return values.nbytes
+    return (int(values.size) * _bits(values.dtype) + 7) // 8
+
+
+def _source(constant: gs.Constant) -> TensorSource | None:
+    """Where the constant's values came from, when they are still those."""
+    source = constant.__dict__.get("source")
+    if isinstance(constant._values, TensorSource):
+        return constant._values
+    return source if source is not None and source.is_source_of(constant._values) else None
+
+
+def _constant(name: str, source: TensorSource) -> gs.Constant:
+    constant = gs.Constant(name, source)
+    constant.source = source
+    return constant
+
+
+# -------------------------------------------------------------------------------------------------- types of values
+
+
+def declared_type(info: onnx.ValueInfoProto) -> tuple[np.dtype | None, list[int | str | None] | None]:
+    """The dtype and shape that a ValueInfoProto declares, for dense tensors; None where it says nothing."""
+    kind = info.type.WhichOneof("value")
+    if kind != "tensor_type":
+        return None, None
+    tensor = info.type.tensor_type
+    try:
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type) if tensor.elem_type else None
+    except KeyError:
+        dtype = None
+    if not tensor.HasField("shape"):
+        return dtype, None
+    shape: list[int | str | None] = []
+    for dim in tensor.shape.dim:
+        which = dim.WhichOneof("value")
+        if which == "dim_value":
+            shape.append(dim.dim_value if dim.dim_value >= 0 else None)  # Paddle writes -1 for "any size"
+        else:
+            shape.append(dim.dim_param or None)
+    return dtype, shape
+
+
+def _declare(tensor: gs.Tensor, info: onnx.ValueInfoProto) -> None:
+    """Note on a tensor what the file declares of it."""
+    tensor.info = info
+    if isinstance(tensor, gs.Variable):
+        tensor.dtype, tensor.shape = declared_type(info)
+        tensor.type = info.type.WhichOneof("value") or "tensor_type"
+
+
+def _value_info(tensor: gs.Tensor) -> onnx.ValueInfoProto | None:
+    """What to declare of a tensor: as the file had it while that still holds, else from dtype and shape."""
+    carried: onnx.ValueInfoProto | None = tensor.__dict__.get("info")
+    dtype, shape = tensor.dtype, tensor.shape
+    if carried is not None:
+        kind = carried.type.WhichOneof("value")
+        known = declared_type(carried)
+        same = known[0] == dtype and known[1] == (None if shape is None else list(shape))
+        if same or (kind not in (None, "tensor_type") and dtype is None):
+            info = onnx.ValueInfoProto()
+            info.CopyFrom(carried)
+            info.name = tensor.name
+            return info
+    if dtype is None:
+        return None
+    elem_type = dtype if isinstance(dtype, int) else helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    info = helper.make_tensor_value_info(tensor.name, elem_type, None if shape is None else list(shape))
+    if carried is not None:
+        _copy_fields(carried, info, frozenset({"name", "type"}))
+    return info
+
+
+# -------------------------------------------------------------------------------------------------------- importing
+
+
+class _Importer:
+    """Imports the graphs of one model; ``external`` finds the bytes of tensors outside the model file."""
+
+    def __init__(
+        self,
+        opset: int,
+        ir_version: int,
+        imports: Iterable[onnx.OperatorSetIdProto],
+        external: Callable[[TensorProto], TensorSource],
+    ) -> None:
+        self.opset = opset
+        self.ir_version = ir_version
+        self.imports = list(imports)
+        self.external = external
+
+    def tensor(self, proto: TensorProto) -> TensorSource:
+        if proto.data_location == TensorProto.EXTERNAL:
+            return self.external(proto)
+        return TensorSource(proto)
+
+    def graph(self, proto: onnx.GraphProto, outer: dict[str, gs.Tensor]) -> gs.Graph:
+        scope: dict[str, gs.Tensor] = {}
+        input_names = {info.name for info in proto.input}
+        # Before IR version 4 every initializer had to be listed as an input and none could be overridden.
+        overridable = input_names if self.ir_version >= 4 else frozenset()
+        defaults: dict[str, gs.Constant] = {}
+        initializers: list[gs.Constant] = []
+        for tensor in proto.initializer:
+            constant = _constant(tensor.name, self.tensor(tensor))
+            if tensor.name in overridable:
+                defaults[tensor.name] = constant
+            else:
+                scope[tensor.name] = constant
+                initializers.append(constant)
+        for sparse in proto.sparse_initializer:
+            constant = _constant(sparse.values.name, TensorSource(sparse))
+            if constant.name in overridable:
+                defaults[constant.name] = constant
+            else:
+                scope[constant.name] = constant
+                initializers.append(constant)
+
+        inputs: list[gs.Tensor] = []
+        for info in proto.input:
+            if info.name in scope:  # an initializer of an old IR version, listed as an input
+                scope[info.name].info = info
+                continue
+            variable = gs.Variable(info.name)
+            _declare(variable, info)
+            if info.name in defaults:
+                variable.default = defaults[info.name]
+            scope[info.name] = variable
+            inputs.append(variable)
+        for node in proto.node:
+            for name in node.output:
+                if name and name not in scope:
+                    scope[name] = gs.Variable(name)
+        stray: list[onnx.ValueInfoProto] = []
+        for info in proto.value_info:
+            if info.name in scope:
+                _declare(scope[info.name], info)
+            else:
+                stray.append(info)
+
+        def find(name: str) -> gs.Tensor:
+            if not name:
+                return gs.Variable.empty()
+            tensor = scope.get(name)
+            if tensor is None:
+                tensor = outer.get(name)
+            if tensor is None:  # defined nowhere: the checker and ONNX Runtime name it better than we could here
+                tensor = scope[name] = gs.Variable(name)
+            return tensor
+
+        outputs: list[gs.Tensor] = []
+        for info in proto.output:
+            tensor = find(info.name)
+            if isinstance(tensor, gs.Variable) and not any(tensor is known for known in inputs):
+                _declare(tensor, info)
+            outputs.append(tensor)
+
+        visible = {**outer, **scope}
+        nodes = [self.node(node, find, visible) for node in proto.node]
+        graph = gs.Graph(
+            nodes=nodes,
+            inputs=inputs,
+            outputs=outputs,
+            name=proto.name,
+            doc_string=proto.doc_string,
+            opset=self.opset,
+            import_domains=self.imports,
+            ir_version=self.ir_version,
+        )
+        header = onnx.GraphProto()
+        _copy_fields(proto, header, _GRAPH_FIELDS)
+        graph.header = header
+        graph.initializers = initializers
+        graph.output_infos = list(proto.output)
+        graph.input_order = [info.name for info in proto.input]
+        graph.stray_value_infos = stray
+        output_ids = {id(tensor) for tensor in outputs}
+        graph.unused_initializers = [c for c in initializers if not c.outputs and id(c) not in output_ids]
+        return graph
+
+    def node(self, proto: onnx.NodeProto, find: Callable[[str], gs.Tensor], visible: dict[str, gs.Tensor]) -> gs.Node:
+        attrs: dict[str, Any] = {}
+        types: dict[str, int] = {}
+        docs: dict[str, str] = {}
+        for attribute in proto.attribute:
+            attrs[attribute.name] = self.attribute(attribute, visible)
+            types[attribute.name] = attribute.type
+            if attribute.doc_string:
+                docs[attribute.name] = attribute.doc_string
+        node = gs.Node(
+            op=proto.op_type,
+            name=proto.name,
+            attrs=attrs,
+            inputs=[find(name) for name in proto.input],
+            outputs=[find(name) for name in proto.output],
+            domain=proto.domain or None,
+        )
+        node.attribute_types = types
+        if docs:
+            node.attribute_docs = docs
+        header = onnx.NodeProto()
+        _copy_fields(proto, header, _NODE_FIELDS)
+        if header.ByteSize():
+            node.header = header
+        return node
+
+    def attribute(self, proto: AttributeProto, visible: dict[str, gs.Tensor]) -> Any:
+        if proto.ref_attr_name:
+            return gs.Node.AttributeRef(proto.ref_attr_name, proto.type)
+        kind = proto.type
+        if kind == AttributeProto.TENSOR:
+            return _constant(proto.t.name, self.tensor(proto.t))
+        if kind == AttributeProto.GRAPH:
+            return self.graph(proto.g, visible)
+        try:
+            if kind == AttributeProto.STRING:
+                return proto.s.decode()
+            if kind == AttributeProto.STRINGS:
+                return [item.decode() for item in proto.strings]
+        except UnicodeDecodeError:
+            return proto
+        if kind in _PLAIN:
+            return getattr(proto, _PLAIN[kind])
+        if kind in _LISTS:
+            return list(getattr(proto, _LISTS[kind]))
+        return proto
+
+    def function(self, proto: onnx.FunctionProto) -> Function:
+        scope: dict[str, gs.Tensor] = {}
+
+        def find(name: str) -> gs.Tensor:
+            if not name:
+                return gs.Variable.empty()
+            if name not in scope:
+                scope[name] = gs.Variable(name)
+            return scope[name]
+
+        inputs = [find(name) for name in proto.input]
+        for node in proto.node:
+            for name in node.output:
+                find(name)
+        stray = []
+        for info in proto.value_info:
+            if info.name in scope:
+                _declare(scope[info.name], info)
+            else:
+                stray.append(info)
+        outputs = [find(name) for name in proto.output]
+        nodes = [self.node(node, find, scope) for node in proto.node]
+        attrs: dict[str, Any] = dict.fromkeys(proto.attribute)
+        attrs |= {attribute.name: attribute for attribute in proto.attribute_proto}
+        function = Function(
+            proto.name,
+            domain=proto.domain,
+            nodes=nodes,
+            inputs=inputs,
+            outputs=outputs,
+            doc_string=proto.doc_string,
+            opset=next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), self.opset),
+            import_domains=list(proto.opset_import),
+            attrs=attrs,
+        )
+        header = onnx.FunctionProto()
+        _copy_fields(proto, header, _FUNCTION_FIELDS)
+        function.header = header
+        function.stray_value_infos = stray
+        return function
+
+
+_PLAIN = {AttributeProto.FLOAT: "f", AttributeProto.INT: "i"}
+_LISTS = {AttributeProto.FLOATS: "floats", AttributeProto.INTS: "ints"}
+
+
+def import_graph(
+    proto: onnx.GraphProto,
+    *,
+    opset: int,
+    ir_version: int,
+    imports: Iterable[onnx.OperatorSetIdProto],
+    external: Callable[[TensorProto], TensorSource],
+) -> gs.Graph:
+    """Import the main graph of a model, subgraphs included."""
+    return _Importer(opset, ir_version, imports, external).graph(proto, {})
+
+
+def import_function(
+    proto: onnx.FunctionProto, *, opset: int, ir_version: int, external: Callable[[TensorProto], TensorSource]
+) -> Function:
+    """Import one local function of a model."""
+    return _Importer(opset, ir_version, proto.opset_import, external).function(proto)
+
+
+# -------------------------------------------------------------------------------------------------------- exporting
+
+
+class _Exporter:
+    def __init__(self, ir_version: int, opset: int, write: TensorWriter) -> None:
+        self.ir_version = ir_version
+        self.opset = opset
+        self.write = write
+
+    def graph(self, graph: gs.Graph, visible: frozenset[int]) -> onnx.GraphProto:
+        proto = onnx.GraphProto()
+        if "header" in graph.__dict__:
+            proto.CopyFrom(graph.header)
+        proto.name = graph.name
+        constants = _constants(graph, visible)
+        visible = visible | {id(constant) for constant in constants}
+        for node in graph.nodes:
+            proto.node.append(self.node(node, visible))
+
+        infos = {tensor.name: self.input_info(tensor) for tensor in graph.inputs}
+        dense = constants + [tensor.default for tensor in graph.inputs if "default" in tensor.__dict__]
+        if self.ir_version < 4:
+            infos |= {constant.name: self.input_info(constant) for constant in constants}
+        order = {name: index for index, name in enumerate(graph.__dict__.get("input_order", ()))}
+        declared = [tensor.name for tensor in graph.inputs]
+        if self.ir_version < 4:
+            declared = sorted(infos, key=lambda name: order.get(name, len(order)))
+        proto.input.extend(infos[name] for name in declared)
+        for constant in dense:
+            source = _source(constant)
+            if source is not None and source.sparse:
+                sparse = proto.sparse_initializer.add()
+                sparse.CopyFrom(source.tensor)
+                sparse.values.name = constant.name
+            else:
+                proto.initializer.append(self.write(constant))
+        proto.output.extend(self.output_infos(graph))
+
+        done = {info.name for info in (*proto.input, *proto.output)}
+        for info in self.value_infos(graph, constants):
+            if info.name not in done:
+                done.add(info.name)
+                proto.value_info.append(info)
+        names = done | {n for node in proto.node for n in (*node.input, *node.output)} | {t.name for t in proto.initializer}
+        kept = [note for note in proto.quantization_annotation if note.tensor_name in names]
+        if len(kept) < len(proto.quantization_annotation):
+            del proto.quantization_annotation[:]
+            proto.quantization_annotation.extend(kept)
+        return proto
+
+    def input_info(self, tensor: gs.Tensor) -> onnx.ValueInfoProto:
+        return _value_info(tensor) or onnx.ValueInfoProto(name=tensor.name)
+
+    def output_infos(self, graph: gs.Graph) -> Iterator[onnx.ValueInfoProto]:
+        # An output that is an input or an initializer may declare other dims than that tensor does.
+        carried = {info.name: info for info in graph.__dict__.get("output_infos", ())}
+        inputs = {id(tensor) for tensor in graph.inputs}
+        for tensor in graph.outputs:
+            if (isinstance(tensor, gs.Constant) or id(tensor) in inputs) and tensor.name in carried:
+                yield carried[tensor.name]
+            else:
+                yield self.input_info(tensor)
+
+    def value_infos(self, graph: gs.Graph, constants: list[gs.Constant]) -> Iterator[onnx.ValueInfoProto]:
+        for tensor in constants:
+            if "info" in tensor.__dict__ and self.ir_version >= 4:
+                info = _value_info(tensor)
+                if info is not None:
+                    yield info
+        for node in graph.nodes:
+            for tensor in node.outputs:
+                if not tensor.is_empty():
+                    info = _value_info(tensor)
+                    if info is not None:
+                        yield info
+        yield from graph.__dict__.get("stray_value_infos", ())
+
+    def node(self, node: gs.Node, visible: frozenset[int]) -> onnx.NodeProto:
+        proto = onnx.NodeProto()
+        if "header" in node.__dict__:
+            proto.CopyFrom(node.header)
+        proto.op_type = node.op
+        proto.name = node.name
+        if node.domain:
+            proto.domain = node.domain
+        proto.input.extend(tensor.name for tensor in node.inputs)
+        proto.output.extend(tensor.name for tensor in node.outputs)
+        docs = node.__dict__.get("attribute_docs", {})
+        for name, value in node.attrs.items():
+            attribute = self.attribute(node, name, value, visible)
+            if name in docs:
+                attribute.doc_string = docs[name]
+            proto.attribute.append(attribute)
+        return proto
+
+    def attribute(self, node: gs.Node, name: str, value: Any, visible: frozenset[int]) -> AttributeProto:
+        if isinstance(value, AttributeProto):
+            return value
+        attribute = AttributeProto(name=name)
+        if isinstance(value, gs.Node.AttributeRef):
+            attribute.ref_attr_name = value.name
+            attribute.type = value.type
+        elif isinstance(value, gs.Constant):
+            attribute.type = AttributeProto.TENSOR
+            attribute.t.CopyFrom(self.write(value))
+        elif isinstance(value, gs.Graph):
+            attribute.type = AttributeProto.GRAPH
+            attribute.g.CopyFrom(self.graph(value, visible))
+        else:
+            attribute = helper.make_attribute(name, value, attr_type=self.attribute_type(node, name, value))
+        return attribute
+
+    def attribute_type(self, node: gs.Node, name: str, value: Any) -> int | None:
+        """The type to write where the Python value does not tell: an empty list, or 1 where a float is meant."""
+        if isinstance(value, (str, bytes)):
+            return None
+        known: int | None = node.__dict__.get("attribute_types", {}).get(name)
+        if known is None:
+            try:
+                schema = onnx.defs.get_schema(node.op, self.opset, node.domain or "")
+                known = schema.attributes[name].type.value
+            except (onnx.defs.SchemaError, KeyError):
+                return None
+        return known
+
+    def function(self, function: Function) -> onnx.FunctionProto:
+        proto = onnx.FunctionProto()
+        if "header" in function.__dict__:
+            proto.CopyFrom(function.header)
+        proto.name = function.name
+        proto.domain = function.domain
+        proto.input.extend(tensor.name for tensor in function.inputs)
+        proto.output.extend(tensor.name for tensor in function.outputs)
+        for name, default in function.attrs.items():
+            if default is None:
+                proto.attribute.append(name)
+            else:
+                proto.attribute_proto.append(default)
+        for node in function.nodes:
+            proto.node.append(self.node(node, frozenset()))
+        infos = []
+        for tensor in function.tensors().values():
+            if isinstance(tensor, gs.Variable) and not tensor.is_empty():
+                info = _value_info(tensor)
+                if info is not None:
+                    infos.append(info)
+        proto.value_info.extend([*infos, *function.__dict__.get("stray_value_infos", ())])
+        return proto
+
+
+def _constants(graph: gs.Graph, visible: frozenset[int]) -> list[gs.Constant]:
+    """The initializers of a graph: those of the file that are still used or were never used, then new ones."""
+    seen = set(visible)
+    found: list[gs.Constant] = []
+    outputs = {id(tensor) for tensor in graph.outputs}
+    unused = {id(tensor) for tensor in graph.__dict__.get("unused_initializers", ())}
+
+    def add(tensor: gs.Tensor) -> None:
+        if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            found.append(tensor)
+
+    for constant in graph.__dict__.get("initializers", ()):
+        if constant.outputs or id(constant) in outputs or id(constant) in unused:
+            add(constant)
+    for node in graph.nodes:
+        for tensor in node.inputs:
+            add(tensor)
+    for tensor in graph.outputs:
+        add(tensor)
+    return found
+
+
+def export_graph(graph: gs.Graph, *, ir_version: int, opset: int, write: TensorWriter = inline_tensor) -> onnx.GraphProto:
+    """Export a main graph, subgraphs included; ``write`` says how the weights are written."""
+    return _Exporter(ir_version, opset, write).graph(graph, frozenset())
+
+
+def export_function(
+    function: Function, *, ir_version: int, opset: int, write: TensorWriter = inline_tensor
+) -> onnx.FunctionProto:
+    """Export a local function."""
+    return _Exporter(ir_version, function.opset or opset, write).function(function)

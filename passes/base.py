@@ -1,0 +1,121 @@
+"""The contract of a pass: what it is given, what it may change, what it must say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from onnxslim.data import Dataset
+    from onnxslim.model import Model
+
+__all__ = ["Change", "Context", "Outcome", "Pass", "Refusal"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One rewrite that was made: the rule, the node (or tensor) it was made at, and one sentence on what it did."""
+
+    rule: str
+    node: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One place that a pass looked at and left alone: the rule, the node (or tensor), and one sentence on why."""
+
+    rule: str
+    node: str
+    why: str
+
+
+@dataclass
+class Outcome:
+    """What a pass did to a model.
+
+    Attributes:
+        changes: every rewrite made. An empty list means that the model is as it was.
+        refusals: what it declined, with reasons. A pass that changes nothing must give at least one.
+        numbers: figures for the report, such as ``{"channels removed": 312}``.
+    """
+
+    changes: list[Change] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def modified(self) -> bool:
+        """Whether the model differs from what the pass was given."""
+        return bool(self.changes)
+
+    def change(self, rule: str, node: str, what: str) -> None:
+        """Note a rewrite that was made."""
+        self.changes.append(Change(rule, node, what))
+
+    def refuse(self, rule: str, node: str, why: str) -> None:
+        """Note a place that was left alone, and why."""
+        self.refusals.append(Refusal(rule, node, why))
+
+
+def _silent(done: int, total: int) -> None:
+    """Report progress to nobody."""
+
+
+@dataclass
+class Context:
+    """What a pass may use beside the model.
+
+    Attributes:
+        calibration: unlabelled feeds; re-iterable, streamed. None when the user gave no data.
+        teacher: the original model, before any pass. Lossy passes recover towards its activations.
+        shapes: sizes that the user gave for dynamic inputs, by input name.
+        seed: seeds ``rng``; the same recipe gives the same model.
+        progress: called as ``progress(done, total)`` during long work.
+    """
+
+    calibration: Dataset | None = None
+    teacher: Model | None = None
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    seed: int = 0
+    progress: Callable[[int, int], None] = _silent
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """A fresh generator in the state that ``seed`` gives."""
+        return np.random.default_rng(self.seed)
+
+
+class Pass(BaseModel):
+    """One rewrite of a model; subclasses are frozen records of their options.
+
+    The typed fields are at once the recipe keys, the command-line help and the documentation, so each carries a
+    ``Field(description=...)`` and its legal range. The class docstring says what the pass does, when it is right, what
+    it costs and where its mathematics comes from; its first line is what ``onnxslim passes`` shows.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool]
+    needs_calibration: ClassVar[bool] = False
+
+    def run(self, model: Model, context: Context) -> Outcome:
+        """Rewrite ``model`` in place and say what was done.
+
+        A pass never prints, never writes files and never sees labels. When it raises, or its result does not pass the
+        guard, the runner throws the model away and goes on with the one from before.
+        """
+        raise NotImplementedError
+
+    def weaker(self) -> Pass | None:
+        """The same pass with less effect, tried when this one breaks its accuracy budget; None when there is none."""
+        return None
+
+    def options(self) -> dict[str, Any]:
+        """Every option with its value, defaults included, as a recipe would hold it."""
+        return self.model_dump(mode="json")
