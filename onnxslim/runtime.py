@@ -190,7 +190,7 @@ class Session:
         ``extra`` is merged by appending it: protobuf defines the concatenation of two messages as their merge, so the
         model is changed without a copy of it being parsed or built.
         """
-        appendix = extra.SerializeToString()
+        appendix: bytes = extra.SerializeToString()
         if isinstance(model, (str, Path)):
             path = Path(model)
             if not path.is_file():
