@@ -1,0 +1,78 @@
+"""The bias of a linear layer, wherever the graph keeps it: read it, and move it by a vector.
+
+A convolution has it as an input, a Gemm as ``beta * C``, a MatMul in an Add behind it or nowhere. Passes that change
+weights lossily put the mean of what they lost there (bias correction: Nagel et al. 2019).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxslim.graph.walk import constant_value, is_graph_output
+
+if TYPE_CHECKING:
+    from onnxslim.model import Model
+
+__all__ = ["add_to_bias", "bias_of"]
+
+FloatArray = NDArray[np.float64]
+
+
+def bias_of(node: gs.Node, outputs: int) -> FloatArray | None:
+    """What ``node`` (Conv, Gemm, MatMul) itself adds to each output channel; None when that is no constant vector.
+
+    What an Add behind a MatMul adds is not counted: it is not in the MatMul's own output.
+    """
+    if node.op == "MatMul" or len(node.inputs) < 3 or node.inputs[2].is_empty():
+        return np.zeros(outputs)
+    value = constant_value(node.inputs[2])
+    if value is None or (value.ndim > 1 and value.shape[0] != 1):
+        return None
+    beta = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
+    return beta * np.broadcast_to(np.asarray(value, np.float64).reshape(-1), (outputs,))
+
+
+def add_to_bias(model: Model, graph: gs.Graph, node: gs.Node, delta: FloatArray) -> bool:
+    """Add ``delta`` ``[O]`` to the output channels of ``node`` of ``graph``; False when there is no place for it.
+
+    The bias gets a new initializer (the old one may be shared). A MatMul whose only use is an Add of a constant vector
+    gets it there, another MatMul an Add of its own, which then makes the tensor of the old name.
+    """
+    weight = node.inputs[1]
+    dtype = np.dtype(weight.dtype)
+    if node.op == "MatMul":
+        return _add_behind(model, graph, node, delta, dtype)
+    present = bias_of(node, len(delta))
+    beta = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
+    if present is None or beta == 0.0:
+        return False
+    hint = node.inputs[2].name if len(node.inputs) > 2 and not node.inputs[2].is_empty() else f"{node.name}.bias"
+    bias = gs.Constant(model.fresh_name(hint), ((present + delta) / beta).astype(dtype))
+    if len(node.inputs) > 2:
+        node.inputs[2] = bias
+    else:
+        node.inputs.append(bias)
+    return True
+
+
+def _add_behind(model: Model, graph: gs.Graph, node: gs.Node, delta: FloatArray, dtype: np.dtype) -> bool:
+    out = node.outputs[0]
+    user = out.outputs[0] if len(out.outputs) == 1 and not is_graph_output(graph, out) else None
+    if user is not None and user.op == "Add" and any(user is other for other in graph.nodes):
+        side = 1 if user.inputs[0] is out else 0
+        value = constant_value(user.inputs[side])
+        if value is not None and value.ndim and value.size == value.shape[-1] == len(delta):
+            moved = (value.astype(np.float64) + delta).astype(value.dtype)
+            user.inputs[side] = gs.Constant(model.fresh_name(user.inputs[side].name), moved)
+            return True
+    inner = gs.Variable(model.fresh_name(f"{out.name}_linear"))
+    bias = gs.Constant(model.fresh_name(f"{node.name or out.name}.bias"), delta.astype(dtype))
+    node.outputs[0] = inner
+    added = gs.Node("Add", model.fresh_name(f"{node.name or out.name}_bias"), inputs=[inner, bias], outputs=[out])
+    position = next(i for i, other in enumerate(graph.nodes) if other is node)
+    graph.nodes.insert(position + 1, added)
+    return True

@@ -1,0 +1,199 @@
+"""Codebooks: a weight as a few values and one small number an element, chosen for what the layer gives.
+
+All of it is numpy on one tensor at a time; nothing here knows a graph. ``fit`` clusters (1-D k-means: Deep Compression,
+Han et al. 2016), ``Coded.decode`` gives back exactly the values that a runtime computes from what is stored.
+``assign_with_feedback`` chooses indices so that the error of one column is made up for by the
+columns after it (GPTQ, Frantar et al. 2023, here with a codebook in place of a linear grid).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Coded", "assign_with_feedback", "fit", "kmeans", "nearest"]
+
+Array = NDArray[Any]
+FloatArray = NDArray[np.float64]
+
+BINS = 1 << 14  # more points than this are clustered as a histogram: the error it adds is far below a codebook's own
+ROUNDS = 100
+
+
+@dataclass
+class Coded:
+    """One weight as ``codebook[indices] * scale``.
+
+    Attributes:
+        indices: uint8, in the shape of the weight.
+        codebook: at most 256 values in the dtype of the weight, ascending.
+        scale: one factor a channel in the dtype of the weight, shaped to broadcast; None when there is none.
+    """
+
+    indices: NDArray[np.uint8]
+    codebook: Array
+    scale: Array | None = None
+
+    @property
+    def bits(self) -> int:
+        """Bits that an index needs."""
+        return max(1, (len(self.codebook) - 1).bit_length())
+
+    def decode(self) -> Array:
+        """The weight as a runtime computes it: one look-up and one product in the weight's own dtype."""
+        values = self.codebook[self.indices]
+        return values if self.scale is None else values * self.scale
+
+
+def nearest(values: Array, centres: FloatArray) -> NDArray[np.uint8]:
+    """Index of the nearest of the ascending ``centres`` for each value, in the shape of ``values``."""
+    middles = (centres[1:] + centres[:-1]) / 2
+    return np.searchsorted(middles, values).astype(np.uint8)
+
+
+def kmeans(values: FloatArray, count: int, weights: FloatArray | None = None) -> FloatArray:
+    """At most ``count`` ascending centres of 1-D ``values`` under weighted squared error (Lloyd; deterministic).
+
+    Starts once from quantiles of the values and once from quantiles of the cube root of their density (the optimum for
+    many centres, Panter and Dite 1951) and keeps the better. A tensor of ``count`` or fewer different values is exact.
+    """
+    values = values.reshape(-1)
+    mass = np.ones_like(values) if weights is None else weights.reshape(-1)
+    low, high = float(values.min()), float(values.max())
+    points: FloatArray
+    few = np.unique(values[: 4 * BINS])
+    if len(few) <= count:
+        few = np.unique(values)
+        if len(few) <= count:
+            return few
+    if len(values) > BINS and high > low:
+        slots = np.minimum(((values - low) * (BINS / (high - low))).astype(np.int64), BINS - 1)
+        total = np.bincount(slots, mass, BINS)
+        points = np.bincount(slots, mass * values, BINS)[total > 0] / total[total > 0]
+        mass = total[total > 0]
+    else:
+        order = np.argsort(values, kind="stable")
+        points, mass = values[order], mass[order]
+    if not mass.sum() > 0:
+        mass = np.ones_like(points)
+    summed = np.concatenate([[0.0], np.cumsum(mass)])
+    moment = np.concatenate([[0.0], np.cumsum(mass * points)])
+    square = float((mass * points * points).sum())
+
+    def lloyd(centres: FloatArray) -> tuple[float, FloatArray]:
+        for _ in range(ROUNDS):
+            edges = np.searchsorted(points, (centres[1:] + centres[:-1]) / 2)
+            cuts = np.concatenate([[0], edges, [len(points)]])
+            inside, first = np.diff(summed[cuts]), np.diff(moment[cuts])
+            moved = np.where(inside > 0, first / np.where(inside > 0, inside, 1), centres)
+            done = np.abs(moved - centres).max() <= 1e-7 * (high - low)
+            centres = np.sort(moved)
+            if done:
+                break
+        error = square - float((first**2 / np.where(inside > 0, inside, 1)).sum())
+        return error, centres
+
+    density, grid = np.histogram(points, bins=1024, weights=mass)
+    wanted = (np.arange(count) + 0.5) / count
+    starts = []
+    for power in (1.0, 1 / 3):
+        share = np.concatenate([[0.0], np.cumsum(density**power)])
+        starts.append(np.interp(wanted * share[-1], share, grid))
+    centres = min((lloyd(start) for start in starts), key=lambda result: result[0])[1]
+    return np.unique(centres)
+
+
+def fit(
+    weight: Array,
+    bits: int,
+    axis: int | None,
+    importance: FloatArray | None = None,
+    *,
+    always_scale: bool = False,
+) -> Coded:
+    """Cluster ``weight`` into ``2 ** bits`` values, with one scale a channel along ``axis`` where that pays.
+
+    Args:
+        weight: floating-point tensor of any shape.
+        bits: 2 to 8.
+        axis: of the channels; None for no scale.
+        importance: weight of each element's squared error, broadcastable to ``weight``; None counts all alike.
+        always_scale: keep the scales even where their bytes would be better spent on more bits.
+
+    Scales are kept when they lower the error by more than as many bytes of longer indices would (a bit an element
+    divides the squared error by four).
+    """
+    values = weight.astype(np.float64)
+    mass = np.ones_like(values) if importance is None else np.broadcast_to(importance, values.shape).astype(np.float64)
+    mass = mass / max(float(mass.mean()), 1e-300)
+    plain = _round(kmeans(values, 1 << bits, mass.reshape(-1)), weight.dtype)
+    indices = nearest(values, plain.astype(np.float64))
+    coded = Coded(indices, plain)
+    if axis is None or weight.shape[axis] in (1, weight.size):
+        return coded
+    others = tuple(a for a in range(weight.ndim) if a != axis % weight.ndim)
+    scale = np.sqrt((values**2).mean(axis=others, keepdims=True))
+    scale[scale == 0] = 1.0
+    for _ in range(3):
+        centres = kmeans(values / scale, 1 << bits, (mass * scale**2).reshape(-1))
+        unit = centres[nearest(values / scale, centres)]
+        power = (mass * unit * unit).sum(axis=others, keepdims=True)
+        matched = (mass * values * unit).sum(axis=others, keepdims=True)
+        scale = np.where((power > 0) & (matched > 0), matched / np.where(power > 0, power, 1), scale)
+    rounded, book = scale.astype(weight.dtype), _round(centres, weight.dtype)
+    if not (np.isfinite(rounded).all() and (rounded > 0).all()):
+        return coded
+    scaled = Coded(nearest(values / rounded.astype(np.float64), book.astype(np.float64)), book, rounded)
+    overhead = 8 * (rounded.nbytes + 80) / weight.size
+    before, after = (float((mass * (c.decode().astype(np.float64) - values) ** 2).sum()) for c in (coded, scaled))
+    return scaled if after * (1.0 if always_scale else 4.0**overhead) < before else coded
+
+
+def _round(centres: FloatArray, dtype: np.dtype[Any]) -> Array:
+    """Centres in the dtype that is stored, ascending and without repeats."""
+    return np.unique(centres.astype(dtype))
+
+
+def assign_with_feedback(
+    matrices: FloatArray, covariance: FloatArray, codebook: FloatArray, scale: FloatArray, damping: float = 1e-2
+) -> NDArray[np.uint8]:
+    """Indices ``[G, O, K]`` for ``matrices`` that keep the layer's output, not only each weight, close.
+
+    Columns are fixed one after another, those with the most input energy first; what each loses is put on those
+    that are still free, through the inverse of the inputs' covariance.
+
+    Args:
+        matrices: ``[G, O, K]``.
+        covariance: of the layer's inputs, ``[G, K, K]``.
+        codebook: ascending centres.
+        scale: broadcastable to ``matrices``; positive.
+        damping: share of the mean input energy added to the diagonal.
+    """
+    groups, _, width = matrices.shape
+    energy = np.diagonal(covariance, axis1=1, axis2=2)
+    order = np.argsort(-energy, axis=1, kind="stable")
+    work = np.take_along_axis(matrices, order[:, None, :], axis=2)
+    scales = np.take_along_axis(np.broadcast_to(scale, matrices.shape), order[:, None, :], axis=2)
+    metric = np.take_along_axis(np.take_along_axis(covariance, order[:, :, None], 1), order[:, None, :], 2)
+    ridge = damping * energy.mean(axis=1) + 1e-12 * float(energy.max(initial=0.0)) + 1e-30
+    metric = metric + ridge[:, None, None] * np.eye(width)
+    inverse = np.linalg.inv(metric)
+    upper = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)
+    indices = np.empty(work.shape, np.uint8)
+    block = 128
+    for begin in range(0, width, block):
+        end = min(begin + block, width)
+        losses = np.zeros((groups, work.shape[1], end - begin))
+        for k in range(begin, end):
+            column = work[:, :, k]
+            indices[:, :, k] = nearest(column / scales[:, :, k], codebook)
+            loss = (column - codebook[indices[:, :, k]] * scales[:, :, k]) / upper[:, k, k][:, None]
+            work[:, :, k + 1 : end] -= loss[:, :, None] * upper[:, None, k, k + 1 : end]
+            losses[:, :, k - begin] = loss
+        work[:, :, end:] -= losses @ upper[:, begin:end, end:]
+    back = np.empty_like(indices)
+    np.put_along_axis(back, np.broadcast_to(order[:, None, :], indices.shape), indices, axis=2)
+    return back

@@ -1,0 +1,113 @@
+"""Fitting layers one after another to what the original gave: the statistics for it, and whether it helped.
+
+A layer of the working model, whose predecessors have changed already, sees inputs ``x``; the teacher's tensor of the
+same name says what it should give, ``y``. Their moments are all that closed-form fits need (He et al. 2017, asymmetric
+reconstruction). Inputs of layers that are still to come must not be mixed with the teacher's outputs: each error would
+be made up for twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxslim.passes._statistics import ROWS_PER_SAMPLE, LinearLayer, Moments
+
+if TYPE_CHECKING:
+    from onnxslim.data import Dataset
+    from onnxslim.model import Model
+
+__all__ = ["by_input", "moments_between", "output_errors", "refitted"]
+
+FloatArray = NDArray[np.float64]
+
+MOMENTS_BYTES = 1 << 30  # held at a time for the layers of one group
+BATCH = 32
+
+
+def by_input(layers: Sequence[LinearLayer]) -> Iterator[list[LinearLayer]]:
+    """Layers in their order; those that read one tensor do not depend on each other and share a forward pass."""
+    groups: dict[str, list[LinearLayer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.data.name, []).append(layer)
+    for group in groups.values():
+        part: list[LinearLayer] = []
+        held = 0
+        for layer in group:
+            blocks, outputs, inputs = layer.shape
+            need = 8 * blocks * inputs * (inputs + outputs)
+            if part and held + need > MOMENTS_BYTES:
+                yield part
+                part, held = [], 0
+            part.append(layer)
+            held += need
+        yield part
+
+
+def moments_between(
+    working: Model, teacher: Model, layers: Sequence[LinearLayer], feeds: Dataset, seed: int
+) -> list[Moments]:
+    """Moments of each layer's input in ``working`` against the teacher's tensor of the layer's output name.
+
+    Rows drawn from each sample grow where there are few samples for the width of a layer.
+
+    Raises:
+        SlimError: when a model does not run on the feeds.
+    """
+    from onnxslim.runtime import Session
+
+    found = [Moments.empty(layer.shape[0], layer.shape[2], layer.shape[1]) for layer in layers]
+    student = Session(working, outputs=sorted({layer.data.name for layer in layers}))
+    judge = Session(teacher, outputs=sorted({layer.output.name for layer in layers}))
+    wanted = [math.ceil(10 * layer.shape[2] / max(feeds.samples, 1)) for layer in layers]
+    rng = np.random.default_rng(seed)
+    for feed in feeds.batches(BATCH):
+        seen, asked = student.run(feed), judge.run(feed)
+        for layer, moments, rows in zip(layers, found, wanted, strict=True):
+            y = asked[layer.output.name]
+            drawn = layer.draw(y.shape, rng, min(max(rows, ROWS_PER_SAMPLE), 1024))
+            moments.add(layer.input_rows(seen[layer.data.name], drawn), layer.output_rows(y, drawn))
+    return found
+
+
+def refitted(matrices: FloatArray, moments: Moments, ridge: float = 1e-2) -> FloatArray | None:
+    """``[G, O, K]`` that best maps the inputs to the targets, drawn towards ``matrices``; None with too few rows.
+
+    Args:
+        matrices: where the ridge draws to.
+        moments: with a target.
+        ridge: its strength as a share of the mean input energy.
+    """
+    inputs = matrices.shape[2]
+    if moments.count < 5 * inputs:
+        return None
+    covariance = moments.covariance
+    energy = np.diagonal(covariance, axis1=1, axis2=2)
+    strength = ridge * energy.mean(axis=1) + 1e-10 * energy.max() + 1e-30
+    penalty = strength[:, None, None] * np.eye(inputs)
+    solved = np.linalg.solve(covariance + penalty, moments.cross_covariance + penalty @ matrices.transpose(0, 2, 1))
+    return solved.transpose(0, 2, 1) if np.isfinite(solved).all() else None
+
+
+def output_errors(teacher: Model, models: Sequence[Model], feeds: Dataset) -> list[float]:
+    """Squared error of the outputs relative to the teacher's energy, mean over outputs, for each of ``models``."""
+    from onnxslim.runtime import Session
+
+    judge, sessions = Session(teacher), [Session(model) for model in models]
+    power: dict[str, float] = {}
+    errors: list[dict[str, float]] = [{} for _ in models]
+    for feed in feeds.batches(BATCH):
+        wanted = {n: v for n, v in judge.run(feed).items() if isinstance(v, np.ndarray) and v.dtype.kind in "fiub"}
+        for name, value in wanted.items():
+            power[name] = power.get(name, 0.0) + float((value.astype(np.float64) ** 2).sum())
+        for session, error in zip(sessions, errors, strict=True):
+            given = session.run(feed)
+            for name, value in wanted.items():
+                if given[name].shape == value.shape:
+                    gap = given[name].astype(np.float64) - value.astype(np.float64)
+                    error[name] = error.get(name, 0.0) + float((gap**2).sum())
+    return [float(np.mean([e[n] / max(power[n], 1e-30) for n in e])) if e else 0.0 for e in errors]
