@@ -67,7 +67,7 @@ class LinearLayer:
     @property
     def spatial(self) -> bool:
         """Whether this is a convolution, with rows drawn from the positions of a feature map."""
-        return self.node.op == "Conv"
+        return bool(self.node.op == "Conv")
 
     @property
     def data(self) -> gs.Tensor:
@@ -141,7 +141,8 @@ class LinearLayer:
         taps = tuple(slice(None, None, d) for d in self.dilations)
         windows = windows[(slice(None), slice(None), *steps, *taps)]
         where = np.unravel_index(rows.position, windows.shape[2 : x.ndim])
-        patches = windows[(rows.sample, slice(None), *where)]  # [R, C, *kernel]
+        index: tuple[Any, ...] = (rows.sample, slice(None), *where)
+        patches = windows[index]  # [R, C, *kernel]
         return patches.reshape(len(patches), self.groups, -1).transpose(1, 0, 2)
 
     def output_rows(self, y: Array, rows: Rows) -> Array:
