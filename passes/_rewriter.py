@@ -1,0 +1,392 @@
+"""One model while rules rewrite it: scopes, edges by identity, who is alive, and what waits to be looked at.
+
+graphsurgeon keeps the two ends of an edge in step, but it compares nodes and tensors by name, and names repeat between
+sibling subgraphs. Everything here goes by identity instead and leaves graphsurgeon's lists consistent.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from onnx import AttributeProto
+
+from onnxslim.graph.purity import functions_of, impurity, is_removable, is_standard
+from onnxslim.graph.shapes import infer_shapes
+from onnxslim.graph.walk import constant_value, subgraphs
+from onnxslim.model import Model
+
+__all__ = ["Rewriter", "Scope"]
+
+
+@dataclass(eq=False)
+class Scope:
+    """One graph, body or function: where names are defined and looked up.
+
+    Attributes:
+        graph: what it is the scope of.
+        parent: the scope around a body; None for the main graph and for functions.
+        in_function: whether this is a function or lies in one; then constants must be Constant nodes.
+        opset: version of the default domain.
+        names: names defined here, with the id of the tensor.
+        prologue: Constant nodes to put before all others.
+    """
+
+    graph: gs.Graph
+    parent: Scope | None
+    in_function: bool
+    opset: int
+    names: dict[str, int] = field(default_factory=dict)
+    prologue: list[gs.Node] = field(default_factory=list)
+
+
+class Rewriter:
+    """Edits one model in place, by identity; :meth:`finish` must be called at the end.
+
+    Attributes:
+        model: the model.
+        shapes: dtypes and shapes as they were at the start; rewrites never change what a tensor holds.
+        scopes: every scope, outer before inner.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.shapes = infer_shapes(model)
+        self.functions = functions_of(model.graph)
+        self.scopes: list[Scope] = []
+        self._scope: dict[int, Scope] = {}
+        self._home: dict[int, Scope] = {}
+        self._order: dict[int, int] = {}
+        self._bodies: dict[int, list[Scope]] = {}
+        self._outputs: dict[int, list[Scope]] = {}
+        self._removed: dict[int, gs.Node] = {}
+        self._keep: list[gs.Tensor] = []  # ids stay unique only while their objects live
+        self._queue: deque[gs.Node] = deque()
+        self._queued: set[int] = set()
+        self._constants: dict[tuple[int, str, bytes, tuple[int, ...]], gs.Tensor] = {}
+        self._enter(model.graph, None, in_function=False, opset=model.opset)
+        for function in model.graph.functions:
+            self._enter(function, None, in_function=True, opset=function.opset or model.opset)
+
+    def _enter(self, graph: gs.Graph, parent: Scope | None, *, in_function: bool, opset: int) -> Scope:
+        scope = Scope(graph, parent, in_function, opset)
+        self.scopes.append(scope)
+        defined = [*graph.inputs, *graph.__dict__.get("initializers", ())]
+        for node in graph.nodes:
+            defined += node.outputs
+        # Constants that came out of Constant nodes are in no list; they are written where a node reads them.
+        defined += [
+            tensor
+            for node in graph.nodes
+            for tensor in node.inputs
+            if isinstance(tensor, gs.Constant) and id(tensor) not in self._home
+        ]
+        for tensor in defined:
+            if not tensor.is_empty():
+                scope.names[tensor.name] = id(tensor)
+                self._home[id(tensor)] = scope
+        self._keep += defined
+        for tensor in graph.outputs:
+            self._outputs.setdefault(id(tensor), []).append(scope)
+        for node in graph.nodes:
+            self._order[id(node)] = len(self._order)
+            self._scope[id(node)] = scope
+            bodies = [self._enter(body, scope, in_function=in_function, opset=opset) for body in subgraphs(node)]
+            if bodies:
+                self._bodies[id(node)] = bodies
+        return scope
+
+    # ------------------------------------------------------------------------------------------------- what is true
+
+    def nodes(self) -> Iterator[gs.Node]:
+        """Yield every node that is left, outer graphs first, each graph in its order."""
+        for scope in self.scopes:
+            for node in scope.graph.nodes:
+                if id(node) not in self._removed:
+                    yield node
+
+    def is_alive(self, node: gs.Node) -> bool:
+        """Whether the node has not been removed."""
+        return id(node) not in self._removed
+
+    def scope(self, node: gs.Node) -> Scope:
+        """The scope in which a node stands."""
+        return self._scope[id(node)]
+
+    def opset(self, node: gs.Node) -> int:
+        """The version of the default domain that holds for a node."""
+        return self._scope[id(node)].opset
+
+    def order(self, node: gs.Node) -> int:
+        """The place of a node: within one graph, producers have lower numbers."""
+        return self._order[id(node)]
+
+    def home(self, tensor: gs.Tensor) -> Scope | None:
+        """The scope in which a tensor is defined; None for one that was just made, or that nobody defines."""
+        return self._home.get(id(tensor))
+
+    def is_output(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor is an output of any graph, body or function."""
+        return bool(self._outputs.get(id(tensor)))
+
+    def is_unused(self, tensor: gs.Tensor) -> bool:
+        """Whether nobody reads a tensor."""
+        return tensor.is_empty() or (not tensor.outputs and not self.is_output(tensor))
+
+    def sole_user(self, tensor: gs.Tensor) -> gs.Node | None:
+        """The one node that reads a tensor, once; None when there are more or it is an output of a graph."""
+        return tensor.outputs[0] if len(tensor.outputs) == 1 and not self.is_output(tensor) else None
+
+    def producer(self, tensor: gs.Tensor, *ops: str) -> gs.Node | None:
+        """The node of the default domain that makes a tensor, when it is one of ``ops`` (any, when none is given).
+
+        None too for nodes whose attributes depend on the arguments of a function.
+        """
+        if len(tensor.inputs) != 1:
+            return None
+        node = tensor.inputs[0]
+        if not is_standard(node) or (ops and node.op not in ops) or not has_plain_attributes(node):
+            return None
+        return node
+
+    def impurity(self, node: gs.Node) -> str | None:
+        """Why a node must not be folded or merged; None when it is pure."""
+        return impurity(node, self.opset(node), self.functions)
+
+    def dtype(self, tensor: gs.Tensor) -> np.dtype | None:
+        """The dtype of a tensor, None when unknown."""
+        known: np.dtype | None = self.shapes.dtype(tensor)
+        return known
+
+    def shape(self, tensor: gs.Tensor) -> list[int | str | None] | None:
+        """The shape of a tensor, None when not even the rank is known."""
+        return self.shapes.shape(tensor)
+
+    def rank(self, tensor: gs.Tensor) -> int | None:
+        """The rank of a tensor, None when unknown."""
+        shape = self.shapes.shape(tensor)
+        return None if shape is None else len(shape)
+
+    def constant(self, tensor: gs.Tensor, limit: int | None = None) -> np.ndarray | None:
+        """The value of a constant; None for anything else, and for one of more than ``limit`` elements."""
+        if isinstance(tensor, gs.Constant) and limit is not None and int(np.prod(tensor.shape)) > limit:
+            return None
+        value = constant_value(tensor)
+        return None if value is None or (limit is not None and value.size > limit) else value
+
+    def integers(self, node: gs.Node, index: int, attribute: str | None = None) -> list[int] | None:
+        """A list of integers from an attribute or from a constant input, wherever the node's version has it."""
+        if attribute is not None and attribute in node.attrs:
+            value = node.attrs[attribute]
+            return [int(item) for item in value] if isinstance(value, list) else None
+        if len(node.inputs) <= index or node.inputs[index].is_empty():
+            return None
+        array = self.constant(node.inputs[index], limit=4096)
+        return None if array is None or array.dtype.kind not in "iu" else [int(item) for item in array.reshape(-1)]
+
+    # ------------------------------------------------------------------------------------------------------- edits
+
+    def is_visible(self, scope: Scope, tensor: gs.Tensor) -> bool:
+        """Whether a node in ``scope`` would get this very tensor by its name."""
+        home = self._home.get(id(tensor))
+        current: Scope | None = scope
+        while current is not None:
+            if current is home:
+                return True
+            if current.names.get(tensor.name, id(tensor)) != id(tensor):
+                return False
+            current = current.parent
+        return isinstance(tensor, gs.Constant) and not scope.in_function
+
+    def set_input(self, node: gs.Node, index: int, tensor: gs.Tensor) -> None:
+        """Make a node read another tensor."""
+        old = node.inputs[index]
+        _remove_one(old.outputs, node)
+        list.__setitem__(node.inputs, index, tensor)
+        list.append(tensor.outputs, node)
+        self._wake_producers(old)
+        self.wake(node)
+        self._wake_producers(tensor)
+
+    def cut_inputs(self, node: gs.Node, count: int) -> None:
+        """Keep the first ``count`` inputs of a node."""
+        while len(node.inputs) > count:
+            tensor = list.pop(node.inputs)
+            _remove_one(tensor.outputs, node)
+            self._wake_producers(tensor)
+
+    def add_input(self, node: gs.Node, tensor: gs.Tensor) -> None:
+        """Append an input to a node."""
+        list.append(node.inputs, tensor)
+        list.append(tensor.outputs, node)
+
+    def rewrite(self, node: gs.Node, op: str, attrs: dict[str, Any], inputs: Sequence[gs.Tensor]) -> None:
+        """Turn a node into another one with the same outputs."""
+        node.op = op
+        node.attrs = attrs
+        node.attribute_types = {}
+        wanted = list(inputs)
+        self.cut_inputs(node, 0)
+        for tensor in wanted:
+            self.add_input(node, tensor)
+        self.wake(node)
+        for tensor in node.outputs:
+            self._wake_users(tensor)
+
+    def can_replace(self, old: gs.Tensor, new: gs.Tensor) -> bool:
+        """Whether :meth:`replace` can make everyone read ``new`` instead of ``old``."""
+        scopes = self._outputs.get(id(old))
+        if not scopes:
+            return all(self.is_visible(self._scope[id(user)], new) for user in old.outputs)
+        home = self._home.get(id(old))
+        if len(scopes) != 1 or scopes[0] is not home or self._home.get(id(new)) is not home:
+            return False
+        if isinstance(new, gs.Constant) or len(new.inputs) != 1 or self.is_output(new):
+            return False
+        users = [*old.outputs, *new.outputs]
+        return all(self.is_visible(self._scope[id(user)], old) for user in users)
+
+    def replace(self, old: gs.Tensor, new: gs.Tensor) -> None:
+        """Make everyone read ``new`` instead of ``old``, whose producer must be gone already.
+
+        A graph output keeps its name: then the producer of ``new`` makes ``old`` from here on.
+        """
+        if self._outputs.get(id(old)):
+            producer = new.inputs[0]
+            index = next(i for i, tensor in enumerate(producer.outputs) if tensor is new)
+            list.__setitem__(producer.outputs, index, old)
+            list.append(old.inputs, producer)
+            list.clear(new.inputs)
+            home = self._home[id(old)]
+            home.names.pop(new.name, None)
+            self.wake(producer)
+            old, new = new, old
+        for user in list(old.outputs):
+            for index, tensor in enumerate(user.inputs):
+                if tensor is old:
+                    list.__setitem__(user.inputs, index, new)
+                    list.append(new.outputs, user)
+            self.wake(user)
+        list.clear(old.outputs)
+        self._wake_producers(old)
+        self._wake_producers(new)
+
+    def bypass(self, node: gs.Node, source: gs.Tensor) -> bool:
+        """Remove a node that passes ``source`` through; False, and nothing changed, where that is impossible.
+
+        It is impossible when another output of the node is read, when the output is a graph output and ``source`` is
+        an input, a constant or an output itself, and where another tensor of that name hides ``source``.
+        """
+        result = node.outputs[0]
+        if any(not self.is_unused(tensor) for tensor in node.outputs[1:]) or not self.can_replace(result, source):
+            return False
+        self.remove(node)
+        self.replace(result, source)
+        return True
+
+    def remove(self, node: gs.Node) -> None:
+        """Take a node out, with its bodies; its outputs are left without a producer."""
+        self._removed[id(node)] = node
+        for scope in self._bodies.get(id(node), ()):
+            for tensor in scope.graph.outputs:
+                scopes = self._outputs.get(id(tensor), [])
+                if scope in scopes:
+                    scopes.remove(scope)
+                    self._wake_producers(tensor)
+            for inner in scope.graph.nodes:
+                if id(inner) not in self._removed:
+                    self.remove(inner)
+        self.cut_inputs(node, 0)
+        for tensor in node.outputs:
+            _remove_one(tensor.inputs, node)
+        list.clear(node.outputs)
+
+    def remove_if_dead(self, node: gs.Node) -> bool:
+        """Remove a node of which nothing is read, unless it may act by side effect."""
+        if not all(self.is_unused(tensor) for tensor in node.outputs) or not is_removable(node, self.functions):
+            return False
+        self.remove(node)
+        return True
+
+    def make_constant(self, scope: Scope, hint: str, values: np.ndarray) -> gs.Tensor:
+        """Return a constant for use in ``scope``: an initializer, or in functions the output of a Constant node.
+
+        Small ones of equal value are made once per scope.
+        """
+        values = np.ascontiguousarray(values).reshape(values.shape)
+        key = (id(scope), values.dtype.name, values.tobytes() if values.nbytes <= 1024 else b"", values.shape)
+        if values.nbytes <= 1024 and key in self._constants:
+            return self._constants[key]
+        constant = gs.Constant(self.model.fresh_name(hint), values)
+        tensor: gs.Tensor = constant
+        if scope.in_function:
+            tensor = gs.Variable(self.model.fresh_name(hint), dtype=values.dtype, shape=list(values.shape))
+            node = gs.Node("Constant", self.model.fresh_name(hint), {"value": constant}, [], [tensor])
+            self.insert_first(scope, node)
+        scope.names[tensor.name] = id(tensor)
+        self._home[id(tensor)] = scope
+        self._keep.append(tensor)
+        if values.nbytes <= 1024:
+            self._constants[key] = tensor
+        return tensor
+
+    def insert_first(self, scope: Scope, node: gs.Node) -> None:
+        """Put a new node without inputs before all others of a scope."""
+        scope.prologue.append(node)
+        self._scope[id(node)] = scope
+        self._order[id(node)] = -1
+        for tensor in node.outputs:
+            scope.names[tensor.name] = id(tensor)
+            self._home[id(tensor)] = scope
+            self._keep.append(tensor)
+
+    def finish(self) -> None:
+        """Write the lists of nodes back to the graphs."""
+        for scope in self.scopes:
+            nodes = [*scope.prologue, *scope.graph.nodes]
+            scope.graph.nodes = [node for node in nodes if id(node) not in self._removed]
+            scope.prologue = []
+
+    # ---------------------------------------------------------------------------------------------------- worklist
+
+    def wake(self, node: gs.Node) -> None:
+        """Put a node on the worklist."""
+        if id(node) not in self._queued and id(node) not in self._removed and id(node) in self._scope:
+            self._queued.add(id(node))
+            self._queue.append(node)
+
+    def _wake_producers(self, tensor: gs.Tensor) -> None:
+        for node in tensor.inputs:
+            self.wake(node)
+
+    def _wake_users(self, tensor: gs.Tensor) -> None:
+        for node in tensor.outputs:
+            self.wake(node)
+
+    def awake(self) -> Iterator[gs.Node]:
+        """Yield the nodes on the worklist until it is empty, those that are woken meanwhile included."""
+        while self._queue:
+            node = self._queue.popleft()
+            self._queued.discard(id(node))
+            if id(node) not in self._removed:
+                yield node
+
+
+def has_plain_attributes(node: gs.Node) -> bool:
+    """Whether no attribute of a node refers to an argument of the function around it."""
+    return not any(
+        isinstance(value, gs.Node.AttributeRef) or (isinstance(value, AttributeProto) and bool(value.ref_attr_name))
+        for value in node.attrs.values()
+    )
+
+
+def _remove_one(items: list[Any], wanted: Any) -> None:
+    """Remove one occurrence of an object from a list by identity, without graphsurgeon's bookkeeping."""
+    for index, item in enumerate(items):
+        if item is wanted:
+            list.__delitem__(items, index)
+            return

@@ -1,0 +1,257 @@
+"""Rules that drop nodes which pass their input through, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxslim.graph.purity import dropout_is_inference
+from onnxslim.passes._rewriter import Rewriter
+from onnxslim.passes._rules import Refused, Rule, rule
+
+__all__ = ["NOOP_RULES"]
+
+# Slice ends are written as the largest 32- or 64-bit integer where "to the end" is meant; no dimension is that long.
+_TO_THE_END = 2**31 - 1
+# A neutral element is looked for in constants up to this many elements; larger ones are weights.
+_NEUTRAL_LIMIT = 1 << 16
+
+
+def _drop(g: Rewriter, node: gs.Node, why: str) -> str | None:
+    op = node.op
+    return f"dropped {op}: {why}" if g.bypass(node, node.inputs[0]) else None
+
+
+@rule("drop-identity", "Identity")
+def _identity(g: Rewriter, node: gs.Node) -> str | None:
+    """Identity(x) -> x, unless x is an input and the result an output of the graph."""
+    return _drop(g, node, "it copies its input")
+
+
+@rule("drop-dropout", "Dropout")
+def _dropout(g: Rewriter, node: gs.Node) -> str | Refused | None:
+    """Dropout(x) -> x in inference, when nobody reads the mask."""
+    if not dropout_is_inference(node, g.opset(node)):
+        return Refused("it may be in training mode")
+    if len(node.outputs) > 1 and not g.is_unused(node.outputs[1]):
+        return Refused("its mask is read")
+    return _drop(g, node, "it is in inference mode")
+
+
+@rule("drop-cast", "Cast", "CastLike", since=6)
+def _cast(g: Rewriter, node: gs.Node) -> str | None:
+    """Cast(x) -> x when x has that dtype already; CastLike by the dtype of its second input becomes Cast."""
+    import onnx
+
+    source = g.dtype(node.inputs[0])
+    if node.op == "CastLike":
+        wanted = g.dtype(node.inputs[1])
+        if wanted is None:
+            return None
+        if source == wanted and g.can_replace(node.outputs[0], node.inputs[0]):
+            return _drop(g, node, f"its input is {wanted} already")
+        attrs = {**node.attrs, "to": int(onnx.helper.np_dtype_to_tensor_dtype(wanted))}
+        g.rewrite(node, "Cast", attrs, [node.inputs[0]])
+        return f"CastLike made Cast to {wanted}"
+    to = node.attrs.get("to")
+    if source is None or to != onnx.helper.np_dtype_to_tensor_dtype(source):
+        return None
+    return _drop(g, node, f"its input is {source} already")
+
+
+@rule("drop-transpose", "Transpose")
+def _transpose(g: Rewriter, node: gs.Node) -> str | None:
+    """Transpose(x, 0, 1, 2, ...) -> x."""
+    perm = node.attrs.get("perm")
+    rank = g.rank(node.inputs[0])
+    if perm is None:
+        return _drop(g, node, f"it reverses {rank} axes") if rank is not None and rank <= 1 else None
+    return _drop(g, node, "it leaves the axes in order") if list(perm) == list(range(len(perm))) else None
+
+
+@rule("drop-reshape", "Reshape", since=5)
+def _reshape(g: Rewriter, node: gs.Node) -> str | None:
+    """Reshape(x, s) -> x when the shapes agree in all dimensions but one, and thereby in that one too.
+
+    A dimension agrees when it is a known, non-zero number in both, or when s holds a 0 there that means "as it was".
+    With a zero among the agreeing dimensions the element count says nothing about the last one.
+    """
+    before = g.shape(node.inputs[0])
+    after = g.shape(node.outputs[0])
+    target = g.integers(node, 1)
+    if before is None or (after is None and target is None):
+        return None
+    rank = len(target) if target is not None else len(after or [])
+    if rank != len(before):
+        return None
+    zero_copies = not node.attrs.get("allowzero", 0)
+    copied = unproven = 0
+    for axis, old in enumerate(before):
+        if isinstance(old, int) and old > 0 and after is not None and after[axis] == old:
+            continue
+        if target is not None and target[axis] == 0 and zero_copies:
+            copied += 1
+        else:
+            unproven += 1
+    proven = unproven == 0 or (unproven == 1 and copied == 0)
+    return _drop(g, node, "its input has that shape already") if proven else None
+
+
+@rule("drop-flatten", "Flatten")
+def _flatten(g: Rewriter, node: gs.Node) -> str | None:
+    """Flatten(x) -> x for a matrix and axis 1."""
+    matrix = g.rank(node.inputs[0]) == 2 and node.attrs.get("axis", 1) in (1, -1)
+    return _drop(g, node, "its input is a matrix") if matrix else None
+
+
+@rule("drop-squeeze", "Squeeze", "Unsqueeze")
+def _squeeze_pair(g: Rewriter, node: gs.Node) -> str | None:
+    """Squeeze(Unsqueeze(x, a), a) -> x and the other way round, for explicit axes.
+
+    Both count the axes on the tensor that has them, so equal lists mean equal axes, negative ones too.
+    """
+    inner = g.producer(node.inputs[0], "Unsqueeze" if node.op == "Squeeze" else "Squeeze")
+    if inner is None:
+        return None
+    axes, inner_axes = g.integers(node, 1, "axes"), g.integers(inner, 1, "axes")
+    if not axes or not inner_axes or sorted(axes) != sorted(inner_axes):
+        return None
+    name = node.op
+    if not g.bypass(node, inner.inputs[0]):
+        return None
+    return f"dropped {name}: it undoes the {inner.op} before it"
+
+
+@rule("drop-expand", "Expand")
+def _expand(g: Rewriter, node: gs.Node) -> str | None:
+    """Expand(x, s) -> x when every number in s is 1 or the known dimension of x that it meets."""
+    target = g.integers(node, 1)
+    shape = g.shape(node.inputs[0])
+    if target is None or shape is None or len(target) > len(shape):
+        return None
+    met = shape[len(shape) - len(target) :]
+    fits = all(new == 1 or (isinstance(old, int) and new == old) for new, old in zip(target, met, strict=True))
+    return _drop(g, node, "its input has that shape already") if fits else None
+
+
+@rule("drop-tile", "Tile", since=6)
+def _tile(g: Rewriter, node: gs.Node) -> str | None:
+    """Tile(x, 1, 1, ...) -> x."""
+    repeats = g.integers(node, 1)
+    return _drop(g, node, "it repeats once") if repeats is not None and set(repeats) <= {1} else None
+
+
+@rule("drop-pad", "Pad", since=2)
+def _pad(g: Rewriter, node: gs.Node) -> str | None:
+    """Pad(x, 0, 0, ...) -> x."""
+    pads = g.integers(node, 1, "pads")
+    return _drop(g, node, "it pads by nothing") if pads is not None and not any(pads) else None
+
+
+@rule("drop-slice", "Slice")
+def _slice(g: Rewriter, node: gs.Node) -> str | None:
+    """Slice(x) -> x when it takes every axis from 0 to its end in steps of 1."""
+    starts, ends = g.integers(node, 1, "starts"), g.integers(node, 2, "ends")
+    if not starts or ends is None or len(starts) != len(ends) or any(starts):
+        return None
+    given = len(node.inputs) > 4 and not node.inputs[4].is_empty()
+    if given and set(g.integers(node, 4) or [0]) != {1}:
+        return None
+    shape = g.shape(node.inputs[0])
+    axes: list[int] | None = list(range(len(starts)))
+    if "axes" in node.attrs or (len(node.inputs) > 3 and not node.inputs[3].is_empty()):
+        axes = g.integers(node, 3, "axes")
+    if axes is None or len(axes) != len(ends):
+        return None
+    for axis, end in zip(axes, ends, strict=True):
+        size = None if shape is None or not -len(shape) <= axis < len(shape) else shape[axis]
+        if end < _TO_THE_END and not (isinstance(size, int) and end >= size):
+            return None
+    return _drop(g, node, "it takes everything")
+
+
+@rule("drop-single", "Concat", "Sum", "Max", "Min", "Mean", "Split")
+def _single(g: Rewriter, node: gs.Node) -> str | None:
+    """Concat, Sum, Max, Min, Mean of one tensor, Split into one -> that tensor."""
+    if len(node.outputs) != 1 or (node.op != "Split" and len(node.inputs) != 1):
+        return None
+    return _drop(g, node, "there is but one part")
+
+
+@rule("drop-idempotent", "Relu", "Abs", "Ceil", "Floor", "Round", "Sign")
+def _idempotent(g: Rewriter, node: gs.Node) -> str | None:
+    """f(f(x)) -> f(x)."""
+    return _drop(g, node, "done twice is done once") if g.producer(node.inputs[0], node.op) else None
+
+
+@rule("drop-involution", "Not", "Neg")
+def _involution(g: Rewriter, node: gs.Node) -> str | None:
+    """Not(Not(x)) -> x, Neg(Neg(x)) -> x."""
+    inner = g.producer(node.inputs[0], node.op)
+    name = node.op
+    if inner is None or not g.bypass(node, inner.inputs[0]):
+        return None
+    return f"dropped {name}: it undoes the one before it"
+
+
+@rule("drop-neutral", "Add", "Sub", "Mul", "Div", "Pow", since=7)
+def _neutral(g: Rewriter, node: gs.Node) -> str | Refused | None:
+    """x * 1, 1 * x, x / 1, x ** 1, x - 0, x + (-0.0), and for integers x + 0 -> x.
+
+    Not x + 0.0 and not x - (-0.0): they turn -0.0 into 0.0. And only when the constant does not widen x.
+    """
+    sides = [(0, 1), (1, 0)] if node.op in ("Add", "Mul") else [(0, 1)]
+    for source, other in sides:
+        constant = g.constant(node.inputs[other], limit=_NEUTRAL_LIMIT)
+        if constant is None or not constant.size or constant.dtype.kind not in "fiu":
+            continue
+        if not _is_neutral(node.op, constant):
+            if node.op == "Add" and constant.dtype.kind == "f" and not constant.any():
+                return Refused("adding 0.0 turns -0.0 into 0.0")
+            continue
+        if not _fits(g.shape(node.inputs[source]), constant.shape):
+            continue
+        op = node.op
+        if g.bypass(node, node.inputs[source]):
+            return f"dropped {op}: its constant is neutral"
+    return None
+
+
+def _is_neutral(op: str, constant: np.ndarray) -> bool:
+    if op in ("Mul", "Div", "Pow"):
+        return bool((constant == constant.dtype.type(1)).all())
+    if constant.any():
+        return False
+    if constant.dtype.kind in "iu":
+        return True
+    negative = np.signbit(constant)
+    return bool(negative.all() if op == "Add" else not negative.any())
+
+
+def _fits(shape: list[int | str | None] | None, constant: tuple[int, ...]) -> bool:
+    """Whether broadcasting a constant against a tensor of that shape provably gives that shape."""
+    if not constant:
+        return True
+    if shape is None or len(constant) > len(shape):
+        return False
+    met = shape[len(shape) - len(constant) :]
+    return all(size == 1 or (isinstance(old, int) and size == old) for size, old in zip(constant, met, strict=True))
+
+
+NOOP_RULES: tuple[Rule, ...] = (
+    _identity,
+    _dropout,
+    _cast,
+    _transpose,
+    _reshape,
+    _flatten,
+    _squeeze_pair,
+    _expand,
+    _tile,
+    _pad,
+    _slice,
+    _single,
+    _idempotent,
+    _involution,
+    _neutral,
+)

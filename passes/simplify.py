@@ -1,0 +1,120 @@
+"""The pass ``simplify``: the same function with fewer nodes and fewer bytes."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import onnx_graphsurgeon as gs
+
+from onnxslim.graph.walk import hoist_constants
+from onnxslim.model import Model
+from onnxslim.passes._rewriter import Rewriter
+from onnxslim.passes._rules import Rule, apply_rules
+from onnxslim.passes._rules_batchnorm import BATCHNORM_RULES
+from onnxslim.passes._rules_chain import CHAIN_RULES
+from onnxslim.passes._rules_merge import merge_initializers, merge_nodes
+from onnxslim.passes._rules_noop import NOOP_RULES
+from onnxslim.passes.base import Context, Outcome, Pass
+
+__all__ = ["Simplify"]
+
+
+class Simplify(Pass):
+    """Remove what changes nothing: dead code, no-ops, duplicates; fold BatchNormalization into weights.
+
+    Small rules (``match``, check, rewrite) are applied from a worklist until none fires, in the main graph, in the
+    bodies of If, Loop and Scan and in local functions alike. Each drops or merges nodes only where the result is
+    provably the same, bit for bit; folding a BatchNormalization alone rounds differently, as two runtimes would.
+
+    Never: a graph input or output, its name, order or declared dimensions; random and unknown operators (dead unknown
+    ones neither); initializers that a caller may override.
+    """
+
+    name: ClassVar[str] = "simplify"
+    lossless: ClassVar[bool] = True
+
+    def run(self, model: Model, context: Context) -> Outcome:
+        """Rewrite ``model`` in place; see :class:`onnxslim.passes.base.Pass`."""
+        outcome = Outcome()
+        before = sum(len(graph.nodes) for graph in model.graphs())
+        hoisted = _hoist(model)
+        if hoisted:
+            outcome.change("hoist-constants", "all graphs", f"made {hoisted} Constant nodes initializers")
+        rewriter = Rewriter(model)
+        rules: tuple[Rule, ...] = (*NOOP_RULES, *CHAIN_RULES, *BATCHNORM_RULES, merge_nodes())
+        merged = merge_initializers(rewriter, outcome)
+        while True:
+            outcome.refusals.clear()
+            apply_rules(rewriter, rules, outcome)
+            if not merge_initializers(rewriter, outcome):
+                break
+        rewriter.finish()
+        _drop_unused_initializers(model, outcome)
+        _drop_unused_functions(model, outcome)
+        _drop_unused_imports(model, outcome)
+        after = sum(len(graph.nodes) for graph in model.graphs())
+        outcome.numbers = {"nodes removed": before - after, "initializers merged": merged}
+        if not outcome.modified and not outcome.refusals:
+            outcome.refuse("simplify", "the model", "no rule matches any node; nothing is dead or there twice")
+        return outcome
+
+
+def _hoist(model: Model) -> int:
+    """Make Constant nodes initializers of the graph that they stood in, though only its bodies may read them."""
+    made = [(graph, [node.outputs[0] for node in graph.nodes if node.op == "Constant"]) for graph in model.graphs()]
+    hoisted = hoist_constants(model)
+    for graph, tensors in made:
+        constants = [tensor for tensor in tensors if isinstance(tensor, gs.Constant)]
+        if constants:
+            known = {id(tensor) for tensor in graph.initializers}
+            graph.initializers = [*graph.initializers, *(tensor for tensor in constants if id(tensor) not in known)]
+    return hoisted
+
+
+def _drop_unused_initializers(model: Model, outcome: Outcome) -> None:
+    for graph in model.graphs():
+        unused = graph.__dict__.get("unused_initializers")
+        if not unused:
+            continue
+        for constant in unused:
+            outcome.change("drop-unused", constant.name, "removed an initializer that nothing reads")
+        ids = {id(constant) for constant in unused}
+        graph.initializers = [constant for constant in graph.initializers if id(constant) not in ids]
+        graph.unused_initializers = []
+
+
+def _drop_unused_functions(model: Model, outcome: Outcome) -> None:
+    """Keep the functions that the main graph calls, directly or through others."""
+    by_key: dict[tuple[str, str], list[gs.Graph]] = {}
+    for function in model.graph.functions:
+        by_key.setdefault((function.domain or "", function.name), []).append(function)
+    if not by_key:
+        return
+    called: set[tuple[str, str]] = set()
+    pending: list[gs.Graph] = [model.graph]
+    while pending:
+        for node in pending.pop().nodes:
+            pending += [value for value in node.attrs.values() if isinstance(value, gs.Graph)]
+            key = (node.domain or "", node.op)
+            if key in by_key and key not in called:
+                called.add(key)
+                pending += by_key[key]
+    kept = []
+    for function in model.graph.functions:
+        if (function.domain or "", function.name) in called:
+            kept.append(function)
+        else:
+            outcome.change("drop-unused", function.name, "removed a local function that nothing calls")
+    if len(kept) < len(model.graph.functions):
+        model.graph.functions = kept
+
+
+def _drop_unused_imports(model: Model, outcome: Outcome) -> None:
+    """Drop imports of operator sets of which no node is left; the default one stays."""
+    used = {"", "ai.onnx"}
+    for graph in model.graphs():
+        used.update(node.domain or "" for node in graph.nodes)
+    used.update(function.domain or "" for function in model.graph.functions)
+    for entry in [entry for entry in model.header.opset_import if entry.domain not in used]:
+        model.header.opset_import.remove(entry)
+        outcome.change("drop-unused", entry.domain, "removed the import of an operator set that no node uses")
