@@ -1,0 +1,175 @@
+"""ONNX -> Relax -> machine code: the import, our pipeline, and what to say when TVM fails in them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from onnxslim.errors import TargetError
+from onnxslim.targets._tvm import load_tvm
+from onnxslim.targets.link import link_library
+from onnxslim.targets.prepare import Prepared, opset_of
+from onnxslim.targets.schedule import schedule_kernels
+
+__all__ = ["Signature", "build_library", "import_model", "lower", "output_signature"]
+
+Signature = list[tuple[str, tuple[int | str, ...]]]
+"""dtype and sizes of each output, in order."""
+
+
+class _NodeError(Exception):
+    """The importer failed on a node."""
+
+    def __init__(self, op: str, node: str, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.op, self.node, self.cause = op, node, cause
+
+
+def import_model(prepared: Prepared) -> Any:
+    """Import into Relax; returns the IRModule.
+
+    Raises:
+        TargetError: an op cannot be imported; the message names it and its node.
+    """
+    load_tvm()
+    frontend = importlib.import_module("tvm.relax.frontend.onnx.onnx_frontend")
+
+    class Importer(frontend.ONNXGraphImporter):  # type: ignore[misc, name-defined]
+        """Says at which node it failed, which the stock one prints."""
+
+        def _convert_operator(self, op_name: str, inputs: Any, attrs: dict[str, Any], opset: int) -> Any:
+            try:
+                return super()._convert_operator(op_name, inputs, attrs, opset)
+            except Exception as error:
+                raise _NodeError(op_name, str(attrs.get("tvm_custom", {}).get("name", "")), error) from error
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importer = Importer({}, "float32")
+            return importer.from_onnx(prepared.proto.graph, opset_of(prepared.proto))
+    except _NodeError as error:
+        where = prepared.labels.get(error.node, error.node)
+        raise TargetError(f"TVM cannot import {error.op} (node {where}): {_sentence(error.cause)}") from None
+    except Exception as error:
+        raise TargetError(f"TVM cannot import the model: {_sentence(error)}") from None
+
+
+def output_signature(module: Any) -> Signature:
+    """What the imported model returns."""
+    returned = module["main"].ret_ty
+    fields = returned.fields if hasattr(returned, "fields") else [returned]
+    return [_describe(entry) for entry in fields]
+
+
+def _describe(entry: Any) -> tuple[str, tuple[int | str, ...]]:
+    if type(entry).__name__ == "ShapeType":
+        return "int64", (int(entry.ndim),)
+    if getattr(entry, "shape", None) is not None and hasattr(entry.shape, "values"):
+        return str(entry.dtype), tuple(_size(size) for size in entry.shape.values)
+    return str(entry.dtype), tuple(f"?{axis}" for axis in range(max(int(entry.ndim), 0)))
+
+
+def _size(size: Any) -> int | str:
+    try:
+        return int(size)
+    except (TypeError, ValueError):
+        return str(size)
+
+
+def lower(module: Any, target: Any) -> Any:
+    """Compile Relax to an executable for ``target`` (a TVM target).
+
+    Raises:
+        TargetError: TVM fails; one sentence.
+    """
+    tvm = load_tvm()
+    try:
+        with _quiet_warnings(), tvm.transform.PassContext(opt_level=3):
+            return tvm.compile(module, target, relax_pipeline=_pipeline(target))
+    except TargetError:
+        raise
+    except Exception as error:
+        raise TargetError(f"TVM cannot compile the model: {_sentence(error)}") from None
+
+
+def build_library(executable: Any, output: Path, triple: str) -> None:
+    """Write the executable as a shared library.
+
+    Raises:
+        TargetError: linking fails.
+    """
+
+    def link(file_name: str, objects: list[str], *_: Any, **__: Any) -> None:
+        link_library(objects, Path(file_name), triple)
+
+    link.output_format = "so"  # type: ignore[attr-defined]
+    executable.export_library(str(output), fcompile=link)
+
+
+def _pipeline(target: Any) -> Any:
+    """What turns operators into loops and calls. TVM's "default" fuses nothing on a CPU, so the steps are spelled out."""
+    tvm = load_tvm()
+    from tvm import relax
+
+    step = relax.transform
+
+    @tvm.transform.module_pass(opt_level=0, name="onnxslim")  # type: ignore[untyped-decorator]
+    def pipeline(module: Any, _context: Any) -> Any:
+        steps = [
+            relax.backend.DispatchSampling(),
+            relax.backend.DispatchSortScan(),
+            # An If leaves the importer without dataflow blocks, in which alone fusion works.
+            step.ConvertToDataflow(),
+            step.CanonicalizeBindings(),
+            step.EliminateCommonSubexpr(),
+            step.LegalizeOps(),
+            step.AnnotateTIROpPattern(),
+            step.FoldConstant(),
+            step.FuseOps(),
+            step.FuseTIR(),
+            step.DeadCodeElimination(),
+            schedule_kernels(target),
+            step.RewriteDataflowReshape(),
+            step.ToNonDataflow(),
+            step.RemovePurityChecking(),
+            step.CallTIRRewrite(),
+            step.StaticPlanBlockMemory(),
+            step.LowerAllocTensor(),
+            step.KillAfterLastUse(),
+            step.LowerRuntimeBuiltin(),
+            step.ComputePrimValue(),
+            step.VMShapeLower(),
+            step.AttachGlobalSymbol(),
+        ]
+        with target:
+            return tvm.transform.Sequential(steps)(module)
+
+    return pipeline
+
+
+@contextlib.contextmanager
+def _quiet_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _sentence(error: BaseException) -> str:
+    """The one line of an error of TVM that says what is wrong."""
+    text = str(error).strip()
+    unlowered = re.search(r"Op\(relax\.([\w.]+)\)", text)
+    if unlowered and "intrinsic" in text:
+        return f"relax.{unlowered.group(1)} has no implementation for this target."
+    noise = re.compile(r"^\s*(File |\d+: |\[bt\]|Stack trace|Traceback|at |-{3,}|={3,})")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not noise.match(line)]
+    if not lines:
+        return type(error).__name__
+    line = next((line for line in reversed(lines) if "Error" in line or "Check failed" in line), lines[0])
+    return line if len(line) <= 300 else line[:297] + "…"
