@@ -1,0 +1,19 @@
+"""The bundled demonstration: a trained Fashion-MNIST classifier, calibration images and labelled evaluation images.
+
+See README.md beside this file for where the data comes from, its licence and the accuracy measured.
+"""
+
+from pathlib import Path
+
+__all__ = ["CALIBRATION", "EVALUATION", "MODEL"]
+
+_FOLDER = Path(__file__).resolve().parent
+
+MODEL: Path = _FOLDER / "fashion_cnn.onnx"
+"""Residual CNN with BatchNormalization; input `image` uint8 [N, 1, 28, 28], output `logits` float32 [N, 10]."""
+
+CALIBRATION: Path = _FOLDER / "calibration.npz"
+"""400 training images without labels: `image` uint8 [400, 1, 28, 28]."""
+
+EVALUATION: Path = _FOLDER / "evaluation.npz"
+"""1,000 test images, 100 of each class: `image` uint8 [1000, 1, 28, 28] and `labels` int64 [1000]."""
