@@ -455,6 +455,8 @@ class _Importer:
         header = onnx.FunctionProto()
         _copy_fields(proto, header, _FUNCTION_FIELDS)
         function.header = header
+        function.initializers = []  # a function cannot hold any; its constants are Constant nodes
+        function.unused_initializers = []
         function.stray_value_infos = stray
         return function
 

@@ -45,13 +45,20 @@ def total_macs(layers: Sequence[LayerSize]) -> int | None:
     return sum(known) if known else None
 
 
-def layer_costs(model: Model, fixed: Mapping[str, Sequence[int]] | None = None) -> list[LayerSize]:
+def layer_costs(
+    model: Model,
+    fixed: Mapping[str, Sequence[int]] | None = None,
+    observed: Mapping[str, Sequence[int]] | None = None,
+) -> list[LayerSize]:
     """Parameters, bytes and MACs of every node that holds weights or multiplies matrices, in graph order.
 
     A weight that a QDQ model quantized counts at the node that dequantizes it. A symbolic dimension counts as 1, so
-    the MACs of a model with a dynamic batch are those of one sample; ``fixed`` gives other sizes.
+    the MACs of a model with a dynamic batch are those of one sample; ``fixed`` gives sizes for inputs, and
+    ``observed`` the shapes that tensors of the main graph had in a run, by name, which inference may not know.
     """
     shapes = infer_shapes(model, fixed)
+    if observed:
+        shapes.observe(model.graph, observed)
     layers: list[LayerSize] = []
     counted: set[int] = set()
     for graph in model.graphs():

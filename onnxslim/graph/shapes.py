@@ -41,6 +41,14 @@ class Shapes:
             return np.dtype(tensor.dtype)
         return self._known.get(id(tensor), (None, None))[0]
 
+    def observe(self, graph: gs.Graph, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Take the shapes that tensors of one graph had in a run, by name, in place of what was inferred."""
+        for node in graph.nodes:
+            for tensor in node.outputs:
+                if tensor.name in shapes:
+                    self._known[id(tensor)] = (self.dtype(tensor), list(shapes[tensor.name]))
+                    self._keep.append(tensor)
+
     def static(self, tensor: gs.Tensor) -> list[int] | None:
         """The shape of a tensor when every dimension is known, else None."""
         shape = self.shape(tensor)
