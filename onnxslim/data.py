@@ -34,12 +34,10 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from onnxslim.errors import DataError
-from onnxslim.record import DataEntry
 from onnxslim.runtime import Feed, TensorSpec
 
-__all__ = ["DataSource", "Dataset", "Role", "open_dataset", "random_feeds", "resized_feeds"]
+__all__ = ["DataSource", "Dataset", "open_dataset", "random_feeds", "resized_feeds"]
 
-Role: TypeAlias = Literal["calibration", "evaluation"]
 DataSource: TypeAlias = "str | Path | Mapping[str, np.ndarray] | Iterable[Mapping[str, np.ndarray]] | Dataset"
 
 _LABELS = "labels"
@@ -64,6 +62,7 @@ class Dataset:
     Attributes:
         inputs: what the model declares.
         path: where the data came from; ``<feeds>`` for Python objects.
+        rows: how many samples each feed holds.
         samples: how many samples: feeds times the batch that the model fixes, or labels where there is one a row.
         labels: as given, cut to ``samples``; an object array where the labels of the feeds differ in shape.
         warnings: what the user should know, such as samples that were dropped.
@@ -74,7 +73,7 @@ class Dataset:
         inputs: Sequence[TensorSpec],
         source: _Feeds,
         *,
-        role: Role,
+        role: str,
         feeds: int,
         rows: Sequence[int] | int = 1,
         labels: np.ndarray | None = None,
@@ -85,7 +84,7 @@ class Dataset:
         Args:
             inputs: what the model declares.
             source: where feeds come from.
-            role: calibration or evaluation, for messages and the record.
+            role: what the data is for, such as calibration; used in messages.
             feeds: how many feeds there are.
             rows: how many samples each feed holds.
             labels: along the first axis one a sample, where ``rows`` counts those.
@@ -93,12 +92,12 @@ class Dataset:
         """
         self.inputs = tuple(inputs)
         self.path = source.path
-        self.role: Role = role
+        self.role = role
         self.warnings = list(warnings)
         self._source = source
         self._feeds = feeds
-        self._rows = [rows] * feeds if isinstance(rows, int) else list(rows[:feeds])
-        self.samples = sum(self._rows)
+        self.rows = [rows] * feeds if isinstance(rows, int) else list(rows[:feeds])
+        self.samples = sum(self.rows)
         self.labels = None if labels is None else labels[: self.samples]
         self._sha256: str | None = None
         self._sizes: dict[str, tuple[np.dtype, list[int], list[int]]] | None = None
@@ -117,7 +116,7 @@ class Dataset:
     def labelled(self) -> Iterator[tuple[Feed, np.ndarray | None]]:
         """Yield each feed with its labels, shape (rows of the feed, ...); None where there are no labels."""
         start = 0
-        for feed, rows in zip(self, self._rows, strict=True):
+        for feed, rows in zip(self, self.rows, strict=True):
             yield feed, None if self.labels is None else self.labels[start : start + rows]
             start += rows
 
@@ -146,7 +145,7 @@ class Dataset:
 
     def take(self, n: int) -> Dataset:
         """The fewest first feeds that hold ``n`` samples; all where there are not that many, one where n < 1."""
-        held = np.cumsum(self._rows)
+        held = np.cumsum(self.rows)
         feeds = min(self._feeds, int(np.searchsorted(held, max(n, 1))) + 1)
         if feeds == self._feeds:
             return self
@@ -155,7 +154,7 @@ class Dataset:
             self._source,
             role=self.role,
             feeds=feeds,
-            rows=self._rows,
+            rows=self.rows,
             labels=self.labels,
             warnings=self.warnings,
         )
@@ -179,12 +178,6 @@ class Dataset:
             kind = "string" if dtype.kind in "OUS" else str(dtype)
             described[name] = f"{kind} [{', '.join(dims)}]"
         return described
-
-    def entry(self) -> DataEntry:
-        """The entry of a record."""
-        return DataEntry(
-            role=self.role, path=self.path, sha256=self.sha256, samples=self.samples, inputs=self.describe()
-        )
 
     def _stackable(self) -> bool:
         axes = [spec.shape[0] for spec in self.inputs if not spec.optional and spec.shape]
@@ -455,7 +448,7 @@ def open_dataset(
     source: DataSource,
     inputs: Sequence[TensorSpec],
     *,
-    role: Role = "calibration",
+    role: str = "calibration",
     labels: Sequence[Any] | np.ndarray | None = None,
 ) -> Dataset:
     """Open data for a model and check all of it.
@@ -463,7 +456,7 @@ def open_dataset(
     Args:
         source: see the top of this module. A Dataset is checked again against ``inputs``.
         inputs: what the model declares: ``Session.specs``.
-        role: what the data is for; used in messages and in the record.
+        role: what the data is for, such as evaluation; used in messages.
         labels: one a feed or one a row, for a source that has none of its own.
 
     Raises:
@@ -496,9 +489,7 @@ def _arrays(source: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {str(name): np.asarray(value) for name, value in source.items()}
 
 
-def _open_arrays(
-    path: str, arrays: dict[str, _Array], inputs: Sequence[TensorSpec], role: Role, labels: Any
-) -> Dataset:
+def _open_arrays(path: str, arrays: dict[str, _Array], inputs: Sequence[TensorSpec], role: str, labels: Any) -> Dataset:
     known = {spec.name: spec for spec in inputs}
     own = arrays.pop(_LABELS) if _LABELS in arrays and _LABELS not in known else None
     if own is not None and labels is None:
@@ -558,7 +549,7 @@ def _cut(where: str, array: _Array, spec: TensorSpec) -> _Cut:
     )
 
 
-def _open_folder(path: Path, inputs: Sequence[TensorSpec], role: Role, labels: Any) -> Dataset:
+def _open_folder(path: Path, inputs: Sequence[TensorSpec], role: str, labels: Any) -> Dataset:
     entries = sorted(path.iterdir(), key=_natural)
     broken = next((entry for entry in entries if entry.is_symlink() and not entry.exists()), None)
     if broken is not None:
@@ -586,7 +577,7 @@ def _open_folder(path: Path, inputs: Sequence[TensorSpec], role: Role, labels: A
     return _open_feeds(source, inputs, role, labels)
 
 
-def _open_feeds(source: _Feeds, inputs: Sequence[TensorSpec], role: Role, labels: Any) -> Dataset:
+def _open_feeds(source: _Feeds, inputs: Sequence[TensorSpec], role: str, labels: Any) -> Dataset:
     """Feeds as they are: one sample each, unless there is one label for each row of their first axes."""
     known = {spec.name: spec for spec in inputs}
     batch: list[int] = []
@@ -688,7 +679,7 @@ _TEXTS = ("", "a", "Zoe", "naïve", "東京", "two words", "0", "-1.5")
 def random_feeds(
     inputs: Sequence[TensorSpec],
     *,
-    shapes: Mapping[str, Sequence[int]] | None = None,
+    fixed: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     count: int = 8,
     sizes: Sequence[int] = _SIZES,
@@ -702,26 +693,26 @@ def random_feeds(
 
     Args:
         inputs: what the model declares.
-        shapes: sizes of whole inputs that are not to vary.
+        fixed: shapes of inputs that are not to vary.
         seed: the same seed gives the same feeds.
         count: how many feeds.
         sizes: candidates for dynamic axes other than the first.
         hints: input -> values that a single-valued integer input is likely to be compared with.
 
     Raises:
-        DataError: an input is no tensor, or ``shapes`` does not fit.
+        DataError: an input is no tensor, or ``fixed`` does not fit.
     """
     specs = [spec for spec in inputs if not spec.optional]
     unfit = next((spec for spec in specs if spec.kind != "tensor"), None)
     if unfit is not None:
         raise DataError(f"input {unfit.name!r} is a {unfit.kind}: feeds for it cannot be made up.")
-    fixed = _fixed_sizes(specs, shapes or {})
+    given = _fixed_sizes(specs, fixed or {})
     rng = np.random.default_rng(seed)
     for index in range(count):
-        chosen = _choose_sizes(specs, fixed, index, rng, sizes)
+        chosen = _choose_sizes(specs, given, index, rng, sizes)
         feed: Feed = {}
         for spec in specs:
-            shape = _shape_of(spec, chosen, shapes or {}, index)
+            shape = _shape_of(spec, chosen, fixed or {}, index)
             values = (hints or {}).get(spec.name, ())
             if values and int(np.prod(shape)) == 1 and spec.dtype.kind in "iu" and index % 4 != 3:
                 feed[spec.name] = np.full(shape, values[int(rng.integers(len(values)))], spec.dtype)
@@ -765,7 +756,7 @@ def _fixed_sizes(specs: Sequence[TensorSpec], shapes: Mapping[str, Sequence[int]
     for spec in specs:
         if spec.name not in shapes or spec.shape is None:
             continue
-        _check_dims(f"shapes: {spec.name!r}", list(shapes[spec.name]), spec, list(shapes[spec.name]))
+        _check_dims(f"fixed shape of {spec.name!r}", list(shapes[spec.name]), spec, list(shapes[spec.name]))
         for axis, dim in enumerate(spec.shape):
             if not isinstance(dim, int):
                 fixed[_axis_key(spec, axis)] = int(shapes[spec.name][axis])

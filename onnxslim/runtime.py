@@ -31,6 +31,7 @@ from onnxslim.record import Latency
 
 __all__ = [
     "Feed",
+    "ModelSource",
     "Runner",
     "Session",
     "TensorSpec",
@@ -439,7 +440,7 @@ def interleaved_latency(
 
 # Runs in a fresh process. VmHWM belongs to the process image; ru_maxrss would still hold the parent's peak after exec.
 _PEAK_SCRIPT = """
-import json, sys
+import json, os, sys
 import numpy, onnxruntime
 
 def peak():
@@ -455,14 +456,25 @@ def peak():
         import psutil
         return psutil.Process().memory_info().peak_wset
 
-model, feed_path, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+model, feed_path, threads, cap = sys.argv[1], sys.argv[2], int(sys.argv[3]), bytes.fromhex(sys.argv[4])
 with numpy.load(feed_path, allow_pickle=False) as arrays:
     feed = {name[5:]: arrays[name] for name in arrays.files}
 before = peak()
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 4
 options.intra_op_num_threads = threads
-session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+def load(source):
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+try:
+    session = load(model)
+except Exception as error:
+    if "Unsupported model IR version" not in str(error):
+        raise
+    folder = os.path.dirname(model)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    with open(model, "rb") as file:
+        session = load(file.read() + cap)
 for _ in range(2):
     session.run(None, feed)
 print(json.dumps(peak() - before))
@@ -475,7 +487,7 @@ def peak_memory(
     """Peak resident bytes of a fresh process that loads a model file and runs it twice, above the same process before.
 
     Args:
-        model_path: an ONNX file that ONNX Runtime reads as it is.
+        model_path: an ONNX file; its IR version is capped in memory where ONNX Runtime reads none that new.
         feed: one inference.
         threads: threads inside one operator; each brings buffers of its own.
         timeout: seconds after which the measurement is given up.
@@ -490,7 +502,9 @@ def peak_memory(
         if any(value.dtype.kind in "OV" for value in arrays.values()):
             return None
         np.savez(feed_path, **arrays)
-        command = [sys.executable, "-c", _PEAK_SCRIPT, str(Path(model_path).resolve()), str(feed_path), str(threads)]
+        cap = onnx.ModelProto(ir_version=max_ir_version()).SerializeToString().hex()
+        arguments = [str(Path(model_path).resolve()), str(feed_path), str(threads), cap]
+        command = [sys.executable, "-c", _PEAK_SCRIPT, *arguments]
         try:
             done = subprocess.run(command, capture_output=True, timeout=timeout, check=True, cwd=folder)
             peak = json.loads(done.stdout.splitlines()[-1])
