@@ -1,0 +1,314 @@
+"""Write a placement into the graph as QuantizeLinear and DequantizeLinear of the standard domain (opset 13 on).
+
+    real = scale * (code - zero)        activations: uint8, any zero; weights: int8 per channel, zero 0; bias: int32 with
+                                        scale s_x * s_w, so that it adds to the accumulator as it is.
+
+A tensor that is carried keeps its name on the DequantizeLinear, so graph outputs, bodies and float readers need no
+change. New tensors have short names: a file of small weights would otherwise grow by them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxslim.passes._placement import Anchor, Chain, Placement, weight_axis
+
+if TYPE_CHECKING:
+    from onnxslim.model import Model
+
+__all__ = ["Code", "Emitter", "TensorCode", "chain_code", "code_of_range", "quantize_weight"]
+
+FloatArray = NDArray[np.float64]
+LEVELS = 255
+_EXACT_STEPS = 8
+_BIAS_LIMIT = 2**30  # half of what an int32 bias may hold: the accumulator needs the rest
+
+
+@dataclass(frozen=True)
+class Code:
+    """An affine uint8 code: ``real = scale * (code - zero)``."""
+
+    scale: float
+    zero: int
+
+
+@dataclass(frozen=True)
+class TensorCode:
+    """With which code a tensor is written (QuantizeLinear) and read (DequantizeLinear); they differ behind a chain."""
+
+    write: Code
+    read: Code
+
+
+def code_of_range(low: float, high: float) -> TensorCode:
+    """The code of the range ``low <= 0 <= high``; zero is exact."""
+    scale = float(np.float32((high - low) / LEVELS))
+    if not scale > np.finfo(np.float32).tiny:
+        scale = 1.0
+    code = Code(scale, int(np.clip(round(-low / scale), 0, LEVELS)))
+    return TensorCode(code, code)
+
+
+def chain_code(chain: Chain, low: float, high: float) -> TensorCode:
+    """The code of ``y = clip(a * x + b)``: ``x`` is written such that reading gives ``y``; the clipping is saturation.
+
+    ``y = s * (q - z)`` and ``q = round((a * x + b) / s) + z = round(x / (s / a)) + (z + b / s)``, so ``b / s`` is rounded,
+    unless a slightly larger ``s`` makes it whole (not where a bound must stay exact).
+    """
+    low, high = min(low, chain.b), max(high, chain.b)
+    read = code_of_range(low, high).read
+    scale = read.scale
+    steps = abs(chain.b) / scale
+    if steps >= _EXACT_STEPS and np.isinf(chain.low) and np.isinf(chain.high):
+        scale = float(np.float32(abs(chain.b) / np.floor(steps)))
+        read = Code(scale, int(np.clip(round(-low / scale), 0, LEVELS)))
+    zero = int(np.clip(read.zero + round(chain.b / scale), 0, LEVELS))
+    return TensorCode(Code(float(np.float32(scale / chain.a)), zero), read)
+
+
+def quantize_weight(
+    weight: NDArray[np.float32], axis: int | None, limit: int = 127, floor: FloatArray | float = 0.0
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Symmetric int8 codes of a weight, and their scales: ``[channels]`` along ``axis``, or a scalar when it is None.
+
+    ``floor`` bounds the scales from below: an all but dead channel with a bias would otherwise overflow its int32 bias.
+    """
+    others = None if axis is None else tuple(index for index in range(weight.ndim) if index != axis)
+    largest = np.abs(weight).max(axis=others)
+    least = floor if axis is not None else np.max(floor)
+    scale = np.asarray(np.maximum(np.where(largest > 0, largest / limit, 1.0), least), np.float32)
+    shaped = scale if axis is None else scale.reshape([-1 if index == axis else 1 for index in range(weight.ndim)])
+    return np.clip(np.rint(weight / shaped), -limit, limit).astype(np.int8), scale
+
+
+@dataclass
+class Emitter:
+    """Writes one placement into one model.
+
+    Attributes:
+        codes: by tensor name, for all that the placement carries or feeds.
+        corrections: what to add to the bias of an anchor, by its name.
+        limit: the largest magnitude of a weight code.
+        probes: when not None, mean corrections are measured inside the graph: see :mod:`onnxslim.passes._correction`.
+    """
+
+    model: Model
+    placement: Placement
+    codes: dict[str, TensorCode]
+    corrections: dict[str, FloatArray] = field(default_factory=dict)
+    limit: int = 127
+    probes: dict[str, tuple[str, str]] | None = None
+
+    def __post_init__(self) -> None:
+        self._nodes: list[gs.Node] = []
+        self._quantized: dict[str, gs.Variable] = {}
+        self._fed: dict[str, gs.Variable] = {}
+        self._scalars: dict[tuple[str, float], gs.Constant] = {}
+        self._zeros: dict[tuple[int, ...], gs.Constant] = {}
+        self._weights: dict[tuple[int, int | None, bytes], tuple[gs.Variable, gs.Constant]] = {}
+
+    def emit(self) -> None:
+        """Rewrite the main graph of the model."""
+        placement = self.placement
+        chain_ends = {id(chain.nodes[-1]): chain for chain in placement.chains.values()}
+        inside = {id(node) for chain in placement.chains.values() for node in chain.nodes}
+        for node in list(placement.graph.nodes):
+            name = node.outputs[0].name if node.outputs else ""
+            if id(node) in chain_ends:
+                self._emit_chain(chain_ends[id(node)])
+            elif id(node) in inside:
+                continue
+            elif name in placement.anchors:
+                self._emit_anchor(placement.anchors[name])
+            elif name in placement.propagators:
+                self._emit_propagator(node, placement.propagators[name].kind)
+            else:
+                self._nodes.append(node)
+        placement.graph.nodes = self._nodes
+
+    # -------------------------------------------------------------------------------------------------------- nodes
+
+    def _emit_chain(self, chain: Chain) -> None:
+        output = chain.output
+        for node in chain.nodes:
+            node.inputs.clear()
+            node.outputs.clear()
+        self._write_codes(chain.source, output)
+
+    def _emit_anchor(self, anchor: Anchor) -> None:
+        node = anchor.node
+        data = node.inputs[0].name
+        node.inputs[0] = self._read(node.inputs[0])
+        if node.op == "Gemm":
+            _absorb_gemm_factors(self.model, node)
+        bias = _bias_value(node, int(node.inputs[1].shape[weight_axis(node)]))
+        if anchor.name in self.corrections:
+            bias = (0.0 if bias is None else bias) + self.corrections[anchor.name]
+        step = self.codes[data].read.scale
+        floor = 0.0 if bias is None else np.abs(bias) / (step * _BIAS_LIMIT)
+        weight, scale = self._weight(node.inputs[1], anchor.axis, floor)
+        node.inputs[1] = weight
+        if bias is not None:
+            variable = self._bias(bias, np.asarray(scale * step, np.float64))
+            if len(node.inputs) > 2:
+                node.inputs[2] = variable
+            else:
+                node.inputs.append(variable)
+        self._nodes.append(node)
+        self._carry_outputs(node, anchor)
+
+    def _emit_propagator(self, node: gs.Node, kind: str) -> None:
+        if kind == "moved":
+            self._emit_moved(node)
+            return
+        if kind == "arithmetic":
+            for index, tensor in enumerate(node.inputs):
+                node.inputs[index] = self._read(tensor)
+        self._nodes.append(node)
+        self._carry_outputs(node, None)
+
+    def _emit_moved(self, node: gs.Node) -> None:
+        source, output = node.inputs[0].name, node.outputs[0]
+        node.inputs[0] = self._quantized[source]
+        codes = self._variable("q", np.uint8)
+        node.outputs[0] = codes
+        if node.op == "Pad" and node.attrs.get("mode", "constant") == "constant":
+            zero = self._zero(self.codes[source].read.zero)
+            if len(node.inputs) > 2:
+                node.inputs[2] = zero
+            else:
+                node.inputs.append(zero)
+        self._nodes.append(node)
+        self._quantized[output.name] = codes
+        self._nodes.append(self._dequantize(codes, self.codes[output.name].read, output))
+
+    def _carry_outputs(self, node: gs.Node, anchor: Anchor | None) -> None:
+        for index, tensor in enumerate(list(node.outputs)):
+            probed = anchor is not None and self.probes is not None and node.op in ("Conv", "Gemm")
+            if tensor.name in self.placement.carried:
+                raw = self._variable("r", np.float32)
+                node.outputs[index] = raw
+                self._write_codes(self._probe(anchor, raw) if anchor and probed else raw, tensor)
+            elif anchor and probed:
+                raw = self._variable("r", np.float32)
+                node.outputs[index] = raw
+                self._probe(anchor, raw, tensor)
+
+    def _probe(self, anchor: Anchor, raw: gs.Variable, result: gs.Tensor | None = None) -> gs.Tensor:
+        """Add what the channel means of ``raw`` lack against the teacher's, which are fed; the difference is fetched."""
+        assert self.probes is not None
+        mean, delta = self._variable("m", np.float32), self._variable("d", np.float32)
+        target = gs.Variable(self.model.fresh_name("t"), np.float32, None)
+        result = result if result is not None else self._variable("c", np.float32)
+        self._nodes.append(channel_mean(self.model, anchor, raw, mean))
+        self._nodes.append(gs.Node("Sub", inputs=[target, mean], outputs=[delta]))
+        self._nodes.append(gs.Node("Add", inputs=[raw, delta], outputs=[result]))
+        self.placement.graph.inputs.append(target)
+        self.probes[anchor.name] = (target.name, delta.name)
+        return result
+
+    # ------------------------------------------------------------------------------------------------------ tensors
+
+    def _variable(self, hint: str, dtype: type) -> gs.Variable:
+        return gs.Variable(self.model.fresh_name(f"{hint}{len(self._nodes)}"), dtype)
+
+    def _read(self, tensor: gs.Tensor) -> gs.Tensor:
+        """The tensor as int8 readers see it: quantized and dequantized."""
+        if tensor.name in self.placement.carried:
+            return tensor
+        if tensor.name not in self._fed:
+            result = self._variable("f", np.float32)
+            self._write_codes(tensor, result, self.codes[tensor.name])
+            self._fed[tensor.name] = result
+        return self._fed[tensor.name]
+
+    def _write_codes(self, raw: gs.Tensor, result: gs.Tensor, code: TensorCode | None = None) -> None:
+        """Append ``raw -> QuantizeLinear -> DequantizeLinear -> result``."""
+        code = code or self.codes[result.name]
+        codes = self._variable("q", np.uint8)
+        inputs = [raw, self._scale(code.write.scale), self._zero(code.write.zero)]
+        self._nodes.append(gs.Node("QuantizeLinear", codes.name, inputs=inputs, outputs=[codes]))
+        self._quantized[result.name] = codes
+        self._nodes.append(self._dequantize(codes, code.read, result))
+
+    def _dequantize(self, codes: gs.Tensor, code: Code, result: gs.Tensor) -> gs.Node:
+        inputs = [codes, self._scale(code.scale), self._zero(code.zero)]
+        return gs.Node("DequantizeLinear", f"{codes.name}d", inputs=inputs, outputs=[result])
+
+    def _scale(self, value: float) -> gs.Constant:
+        return self._scalar("s", np.float32(value))
+
+    def _zero(self, value: int) -> gs.Constant:
+        return self._scalar("z", np.uint8(value))
+
+    def _scalar(self, kind: str, value: np.generic) -> gs.Constant:
+        key = (kind, float(value))
+        if key not in self._scalars:
+            self._scalars[key] = gs.Constant(self.model.fresh_name(f"{kind}{len(self._scalars)}"), np.asarray(value))
+        return self._scalars[key]
+
+    def _weight(
+        self, weight: gs.Constant, axis: int | None, floor: FloatArray | float
+    ) -> tuple[gs.Variable, np.ndarray]:
+        """The dequantized weight and its scales, at least ``floor``; stored once for all nodes that share both."""
+        values = np.asarray(weight.values, np.float32)
+        codes, scale = quantize_weight(values, axis, self.limit, floor)
+        key = (id(weight), axis, scale.tobytes())
+        if key not in self._weights:
+            result = self._variable("w", np.float32)
+            inputs = [
+                gs.Constant(self.model.fresh_name(f"{weight.name}_q"), codes),
+                gs.Constant(self.model.fresh_name(f"{weight.name}_s"), scale),
+                self._weight_zero(scale.shape),  # optional, but ONNX Runtime's QGemm wants it
+            ]
+            attributes = {} if axis is None else {"axis": axis}
+            self._nodes.append(gs.Node("DequantizeLinear", result.name, attributes, inputs=inputs, outputs=[result]))
+            self._weights[key] = (result, weight)
+        return self._weights[key][0], scale
+
+    def _weight_zero(self, shape: tuple[int, ...]) -> gs.Constant:
+        if shape not in self._zeros:
+            self._zeros[shape] = gs.Constant(self.model.fresh_name(f"z{len(self._nodes)}"), np.zeros(shape, np.int8))
+        return self._zeros[shape]
+
+    def _bias(self, bias: FloatArray, scale: FloatArray) -> gs.Variable:
+        """The dequantized int32 bias; ``scale`` ``[channels]`` or a scalar is that of the accumulator."""
+        codes = np.clip(np.rint(bias / scale), -(2**31) + 1, 2**31 - 1).astype(np.int32)
+        result = self._variable("b", np.float32)
+        inputs = [
+            gs.Constant(self.model.fresh_name(f"{result.name}_q"), codes),
+            gs.Constant(self.model.fresh_name(f"{result.name}_s"), np.asarray(scale, np.float32)),
+        ]
+        attributes = {"axis": 0} if scale.ndim else {}
+        self._nodes.append(gs.Node("DequantizeLinear", result.name, attributes, inputs=inputs, outputs=[result]))
+        return result
+
+
+def channel_mean(model: Model, anchor: Anchor, source: gs.Tensor, result: gs.Variable) -> gs.Node:
+    """A node that takes the mean of the output of a Conv or Gemm over all axes but that of the channels, which are kept."""
+    rank = anchor.rank if anchor.node.op == "Conv" else 2
+    axes = [index for index in range(rank) if index != 1]
+    if model.opset < 18:
+        return gs.Node("ReduceMean", result.name, {"axes": axes, "keepdims": 1}, inputs=[source], outputs=[result])
+    constant = gs.Constant(model.fresh_name(f"{result.name}_axes"), np.asarray(axes, np.int64))
+    return gs.Node("ReduceMean", result.name, {"keepdims": 1}, inputs=[source, constant], outputs=[result])
+
+
+def _bias_value(node: gs.Node, channels: int) -> FloatArray | None:
+    if len(node.inputs) < 3 or node.inputs[2].is_empty():
+        return None
+    return np.broadcast_to(np.asarray(node.inputs[2].values, np.float64).reshape(-1), (channels,))
+
+
+def _absorb_gemm_factors(model: Model, node: gs.Node) -> None:
+    """Multiply ``alpha`` and ``beta`` of a Gemm into its weight and bias, which QGemm adds as they are."""
+    for index, name in ((1, "alpha"), (2, "beta")):
+        factor = float(node.attrs.pop(name, 1.0))
+        if factor != 1.0 and len(node.inputs) > index:
+            old = node.inputs[index]
+            node.inputs[index] = gs.Constant(model.fresh_name(old.name), (old.values * factor).astype(np.float32))

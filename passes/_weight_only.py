@@ -1,0 +1,166 @@
+"""Weights that are stored in int8 and computed with in float, where no integer kernel fuses.
+
+A weight becomes ``Mul(Cast(codes), scales)``: ONNX Runtime folds that when it loads the model, so speed is that of float32,
+where it would run a DequantizeLinear again at every inference. It is legal in every operator set and body. An embedding
+table is looked up in int8, and only the rows that were looked up become float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+from onnx_graphsurgeon.ir.function import Function
+
+from onnxslim.graph.walk import subgraphs
+
+if TYPE_CHECKING:
+    from onnxslim.model import Model
+    from onnxslim.passes.base import Outcome
+
+__all__ = ["quantize_stored_weights"]
+
+FloatArray = NDArray[np.float32]
+RULE = "weight-only int8"
+_LEAST = 1024  # elements: below, names and nodes cost more than the codes save
+_LIMIT = 127
+# The axes over which one scale is shared, by op and position of the weight; for a weight of ``rank`` axes.
+_SHARED: dict[tuple[str, int], Callable[[gs.Node, int], tuple[int, ...]]] = {
+    ("Conv", 1): lambda node, rank: tuple(range(1, rank)),
+    ("ConvTranspose", 1): lambda node, rank: (0, *range(2, rank)),
+    ("Gemm", 1): lambda node, rank: (1,) if node.attrs.get("transB", 0) else (0,),
+    ("Gemm", 0): lambda node, rank: (0,) if node.attrs.get("transA", 0) else (1,),
+    ("MatMul", 1): lambda node, rank: (rank - 2,),
+    ("MatMul", 0): lambda node, rank: (rank - 1,),
+    **{(op, position): lambda node, rank: (rank - 1,) for op in ("LSTM", "GRU", "RNN") for position in (1, 2)},
+}
+
+
+@dataclass
+class _Use:
+    graph: gs.Graph
+    node: gs.Node
+    position: int
+
+
+def quantize_stored_weights(model: Model, skip: Callable[[gs.Node], bool], outcome: Outcome) -> int:
+    """Store the large float32 weights that are still float in int8; return how many elements.
+
+    Args:
+        model: rewritten in place, bodies included; functions cannot hold weights.
+        skip: whether a node is to keep its float weights.
+        outcome: gets a change for each weight.
+    """
+    done = 0
+    by_weight: dict[int, list[_Use]] = {}
+    weights: dict[int, gs.Constant] = {}
+    for graph in _plain_graphs(model):
+        for node in graph.nodes:
+            for position, tensor in enumerate(node.inputs):
+                if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32:
+                    by_weight.setdefault(id(tensor), []).append(_Use(graph, node, position))
+                    weights[id(tensor)] = tensor
+    owner = {id(c): graph for graph in _plain_graphs(model) for c in graph.__dict__.get("initializers", ())}
+    for key, uses in by_weight.items():
+        weight = weights[key]
+        if len(weight.shape) < 2 or int(np.prod(weight.shape)) < _LEAST or any(skip(use.node) for use in uses):
+            continue
+        if all(_is_lookup(use) for use in uses):
+            _quantize_table(model, weight, uses, outcome)
+        elif all((use.node.op, use.position) in _SHARED and not use.node.domain for use in uses):
+            home = owner.get(key, uses[0].graph)
+            if key not in owner and any(use.graph is not home for use in uses):
+                continue
+            _quantize_weight(model, home, weight, uses, outcome)
+        else:
+            continue
+        done += int(np.prod(weight.shape))
+    return done
+
+
+def _plain_graphs(model: Model) -> Iterator[gs.Graph]:
+    """The main graph and its bodies, without local functions."""
+    stack = [model.graph]
+    while stack:
+        graph = stack.pop()
+        if isinstance(graph, Function):
+            continue
+        yield graph
+        stack.extend(body for node in graph.nodes for body in subgraphs(node))
+
+
+def _is_lookup(use: _Use) -> bool:
+    node = use.node
+    return (
+        node.op == "Gather"
+        and not node.domain
+        and use.position == 0
+        and int(node.attrs.get("axis", 0)) == 0
+        and not isinstance(node.inputs[1], gs.Constant)
+        and len(node.inputs[0].shape) == 2
+    )
+
+
+def _codes(values: FloatArray, shared: tuple[int, ...]) -> tuple[NDArray[np.int8], FloatArray]:
+    largest = np.abs(values).max(axis=shared, keepdims=True)
+    scale = np.where(largest > 0, largest / _LIMIT, 1.0).astype(np.float32)
+    return np.rint(values / scale).astype(np.int8), scale
+
+
+def _quantize_weight(model: Model, home: gs.Graph, weight: gs.Constant, uses: list[_Use], outcome: Outcome) -> None:
+    values = np.asarray(weight.values)
+    if not np.isfinite(values).all():
+        outcome.refuse(RULE, weight.name, "it holds values that are not finite")
+        return
+    first = uses[0]
+    codes, scale = _codes(values, _SHARED[first.node.op, first.position](first.node, values.ndim))
+    stored = gs.Constant(model.fresh_name(f"{weight.name}_q"), codes)
+    scales = gs.Constant(model.fresh_name(f"{weight.name}_s"), scale)
+    real = gs.Variable(model.fresh_name(f"{weight.name}_c"), np.float32, list(values.shape))
+    result = gs.Variable(model.fresh_name(f"{weight.name}_w"), np.float32, list(values.shape))
+    nodes = [
+        gs.Node("Cast", real.name, {"to": 1}, inputs=[stored], outputs=[real]),
+        gs.Node("Mul", result.name, inputs=[real, scales], outputs=[result]),
+    ]
+    home.nodes = [*nodes, *home.nodes]
+    for use in uses:
+        use.node.inputs[use.position] = result
+    ops = ", ".join(sorted({use.node.op for use in uses}))
+    outcome.change(RULE, first.node.name or first.node.outputs[0].name, f"{weight.name} ({ops}) is stored in int8")
+
+
+def _quantize_table(model: Model, weight: gs.Constant, uses: list[_Use], outcome: Outcome) -> None:
+    """Look codes up instead of rows; one scale a row or one a column, whichever is closer."""
+    values = np.asarray(weight.values)
+    if not np.isfinite(values).all():
+        outcome.refuse(RULE, weight.name, "it holds values that are not finite")
+        return
+    trials = [_codes(values, shared) for shared in ((1,), (0,))]
+    errors = [float(np.square(codes * scale - values).sum()) for codes, scale in trials]
+    by_row = errors[0] <= errors[1]
+    codes, scale = trials[0] if by_row else trials[1]
+    stored = gs.Constant(model.fresh_name(f"{weight.name}_q"), codes)
+    scales = gs.Constant(model.fresh_name(f"{weight.name}_s"), scale if by_row else scale.reshape(-1))
+    for use in uses:
+        node, result = use.node, use.node.outputs[0]
+        rows, real = (
+            gs.Variable(model.fresh_name(f"{result.name}_{end}"), kind)
+            for end, kind in (("q", np.int8), ("c", np.float32))
+        )
+        indices = node.inputs[1]
+        node.inputs[0] = stored
+        node.outputs[0] = rows
+        added = [gs.Node("Cast", real.name, {"to": 1}, inputs=[rows], outputs=[real])]
+        factor: gs.Tensor = scales
+        if by_row:
+            factor = gs.Variable(model.fresh_name(f"{result.name}_s"), np.float32)
+            added.append(gs.Node("Gather", factor.name, {"axis": 0}, inputs=[scales, indices], outputs=[factor]))
+        added.append(gs.Node("Mul", model.fresh_name(f"{result.name}_m"), inputs=[real, factor], outputs=[result]))
+        position = next(index for index, other in enumerate(use.graph.nodes) if other is node)
+        use.graph.nodes = [*use.graph.nodes[: position + 1], *added, *use.graph.nodes[position + 1 :]]
+    kind = "row" if by_row else "column"
+    outcome.change(RULE, uses[0].node.name or weight.name, f"{weight.name} is looked up in int8, one scale a {kind}")

@@ -1,0 +1,380 @@
+"""Static int8: calibrated activations and per-channel weights, written as QuantizeLinear and DequantizeLinear."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from pydantic import Field
+
+from onnxslim.errors import ModelError
+from onnxslim.graph.shapes import Shapes, infer_shapes
+from onnxslim.graph.walk import drop_value_info, hoist_constants, remove_dead_nodes
+from onnxslim.passes._calibration import Method, Observed, choose_range, histograms, observe
+from onnxslim.passes._correction import corrections, output_error
+from onnxslim.passes._opset import raise_opset
+from onnxslim.passes._placement import ANCHORS, Anchor, Placement, anchor_obstacle, matches, weight_axis
+from onnxslim.passes._qdq import Emitter, FloatArray, TensorCode, chain_code, code_of_range
+from onnxslim.passes._weight_only import quantize_stored_weights
+from onnxslim.passes.base import Context, Outcome, Pass
+from onnxslim.runtime import Session
+
+if TYPE_CHECKING:
+    from onnxslim.data import Dataset
+    from onnxslim.model import Model
+
+__all__ = ["QuantizeStatic"]
+
+_OPSET = 13  # the first with per-channel DequantizeLinear
+_BATCH_BYTES = 48 << 20  # of the largest activation in one batch
+_BATCH = 32
+_FIT_SHARE = 0.75  # of the calibration data corrects biases; the rest decides whether that is kept
+_TINY_WEIGHT, _TINY_MACS = 512, 200_000
+_WEIGHTED = (*ANCHORS, "ConvTranspose", "LSTM", "GRU", "RNN")
+_MOST_KEPT = 8
+
+
+class QuantizeStatic(Pass):
+    """Quantize weights and activations to int8, calibrated on unlabelled data, without float islands.
+
+    Each Conv, Gemm and MatMul with a constant weight ``W`` becomes ``s_x s_w (q_x - z_x) q_w + b``: activations are uint8 with
+    scale and zero point a tensor, chosen to minimise the expected squared error on the calibration data; weights are
+    int8 with a scale an output channel; biases int32. Elementwise and moving ops between them stay in int8 where ONNX
+    Runtime has a kernel that fuses. Biases take back the mean shift of rounding (Nagel et al. 2019), where that lowers
+    the output error on calibration data that was held back. Other large weights (recurrent, transposed convolutions,
+    embeddings, in bodies) are stored in int8 and computed with in float.
+
+    Right for convolutional and linear networks; a score that hangs on the small differences between large activations
+    may fall, and the guard then asks for :meth:`weaker`. Costs a few runs of the model over the calibration data; memory is that of
+    the model and a few batches, however many samples there are.
+    """
+
+    name: ClassVar[str] = "quantize-static"
+    lossless: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = True
+
+    calibration: Method = Field("mse", description="how activation ranges are chosen: mse, minmax or percentile")
+    percentile: float = Field(99.99, gt=50, le=100, description="share of values inside the range, for percentile")
+    max_samples: int = Field(128, ge=1, description="calibration samples used, at most")
+    per_channel: bool = Field(True, description="one weight scale an output channel instead of one a tensor")
+    reduce_range: bool = Field(
+        False, description="7-bit weights: exact on x86 processors without VNNI, which saturate with 8 bits"
+    )
+    bias_correction: bool = Field(True, description="let biases take back the mean shift of rounding")
+    weight_only: bool = Field(True, description="store the weights that have no integer kernel in int8 as well")
+    exclude: tuple[str, ...] = Field((), description="nodes kept in float: shell patterns of names or ops")
+    keep_float: int = Field(0, ge=0, description="how many of the layers that add most error are kept in float")
+    max_range: float = Field(
+        1e6, gt=0, description="tensors that reach beyond this, such as masks, are never quantized"
+    )
+
+    def run(self, model: Model, context: Context) -> Outcome:
+        """Quantize ``model`` in place; it is left as it was when the result would not be smaller."""
+        outcome = Outcome()
+        if context.calibration is None:
+            outcome.refuse(self.name, "model", "there is no calibration data")
+            return outcome
+        before = model.copy()
+        hoist_constants(model)
+        unraised = raise_opset(model, _OPSET)
+        if unraised:
+            outcome.refuse("qdq", "model", f"{unraised}, and per-channel quantization needs {_OPSET}")
+        else:
+            _Run(self, model, context.calibration.take(self.max_samples), context, outcome).run()
+        if self.weight_only:
+            stored = quantize_stored_weights(model, lambda node: matches(node, self.exclude), outcome)
+            outcome.numbers["weights stored in int8 only"] = float(stored)
+        size_before, size_after = (_file_size(version) for version in (before, model))
+        if outcome.changes and size_after >= size_before:
+            why = f"the int8 file would be no smaller ({size_after} bytes, {size_before} before)"
+            outcome.changes.clear()
+            outcome.numbers.clear()
+            outcome.refuse(self.name, "model", why)
+        if not outcome.changes:
+            model.graph, model.header = before.graph, before.header
+            if not outcome.refusals:
+                outcome.refuse(self.name, "model", "it has no Conv, Gemm or MatMul with constant float32 weights")
+        else:
+            remove_dead_nodes(model)
+            drop_value_info(model)
+        return outcome
+
+    def weaker(self) -> QuantizeStatic | None:
+        """The same with the layers that add most error in float: 2, 4, then 8 of them."""
+        kept = max(2, 2 * self.keep_float)
+        return self.model_copy(update={"keep_float": kept}) if kept <= _MOST_KEPT else None
+
+
+@dataclass
+class _Run:
+    """One run of the pass over one model, from observation to emission."""
+
+    options: QuantizeStatic
+    model: Model
+    data: Dataset
+    context: Context
+    outcome: Outcome
+    observed: dict[str, Observed] = field(default_factory=dict)
+    codes: dict[str, TensorCode] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
+
+    def run(self) -> None:
+        """Calibrate, correct, and rewrite the model."""
+        anchors, shapes = self._anchors(self.model, self.outcome)
+        if not anchors:
+            return
+        names = _watched(self.model.graph, shapes)
+        batch = 1
+        try:
+            first = next(iter(self.data))
+            probe = observe(self.model, names, [first], lambda: None)
+            largest = max((4 * entry.elements for entry in probe.values()), default=1)
+            batch = max(1, min(_BATCH, _BATCH_BYTES // max(largest, 1)))
+            self.observed = observe(self.model, names, self.data.batches(batch), self._progress(0, 30, batch))
+        except ModelError as error:
+            self.outcome.refuse("qdq", "model", f"its activations cannot be observed: {error}")
+            return
+        placement = self._place(self.model, self.outcome)
+        if not placement.anchors:
+            return
+        self._calibrate(placement, batch)
+        teacher = self.model.copy()
+        found: dict[str, FloatArray] = {}
+        if self.options.bias_correction:
+            found = self._correct(teacher, batch)
+        macs, quantized = self._macs(anchors), self._macs(placement.anchors)
+        self._note(placement)
+        self._emitter(self.model, placement, found).emit()
+        self.outcome.numbers |= {
+            "nodes quantized": float(len(placement.anchors)),
+            "share of MACs quantized (estimate)": quantized / macs if macs else 0.0,
+            "tensors in int8": float(len(placement.carried | placement.fed)),
+            "calibration samples": float(self.data.samples),
+        }
+
+    # ---------------------------------------------------------------------------------------------------- placement
+
+    def _anchors(self, model: Model, outcome: Outcome | None) -> tuple[dict[str, Anchor], Shapes]:
+        """The Conv, Gemm and MatMul nodes of the main graph whose weight can be quantized with its input."""
+        shapes = infer_shapes(model, self.context.shapes)
+        anchors: dict[str, Anchor] = {}
+        reasons: list[tuple[gs.Node, str]] = []
+        for node in model.graph.nodes:
+            if node.op not in ANCHORS or node.domain or not node.outputs or len(node.inputs) < 2:
+                continue
+            reason = "it is excluded" if matches(node, self.options.exclude) else anchor_obstacle(node, shapes)
+            if node.outputs[0].name in self.kept:
+                reason = "it is among the layers that add most error"
+            if reason:
+                reasons.append((node, reason))
+                continue
+            name, axis = node.outputs[0].name, weight_axis(node) if self.options.per_channel else None
+            anchors[name] = Anchor(name, node, axis, len(node.inputs[1].shape))
+        if outcome is not None:
+            for node, reason in reasons:
+                outcome.refuse("qdq", node.name or node.outputs[0].name, f"{node.op}: {reason}")
+            for graph in itertools.islice(model.graphs(), 1, None):
+                for node in graph.nodes:
+                    if node.op in ANCHORS and not node.domain:
+                        why = f"{node.op}: it is in a body, where activations are not observed"
+                        outcome.refuse("qdq", node.name or node.outputs[0].name, why)
+        return anchors, shapes
+
+    def _place(self, model: Model, outcome: Outcome | None) -> Placement:
+        """Solve the placement on ``model``, which has the tensors of the observed one."""
+        anchors, shapes = self._anchors(model, None)
+        banned = {
+            name
+            for name, entry in self.observed.items()
+            if entry.elements and not (entry.finite and max(-entry.low, entry.high) <= self.options.max_range)
+        }
+        unseen = {tensor.name for node in model.graph.nodes for tensor in node.outputs} - set(self.observed)
+        small = {name for name, anchor in anchors.items() if self._tiny(anchor)}
+        usable = {name: anchor for name, anchor in anchors.items() if name not in small}
+        elements = {name: entry.elements for name, entry in self.observed.items()}
+        placement = Placement(model.graph, shapes, elements, banned | unseen, usable, self.options.exclude)
+        if outcome is not None:
+            for name, anchor in anchors.items():
+                if name not in placement.anchors:
+                    why = (
+                        "it is too small to gain"
+                        if name in small
+                        else "its input or output is unbounded or was never seen"
+                    )
+                    outcome.refuse("qdq", anchor.node.name or name, f"{anchor.node.op}: {why}")
+        return placement
+
+    def _tiny(self, anchor: Anchor) -> bool:
+        weight = anchor.node.inputs[1]
+        return int(np.prod(weight.shape)) < _TINY_WEIGHT and self._macs({anchor.name: anchor}) < _TINY_MACS
+
+    def _macs(self, anchors: dict[str, Anchor]) -> float:
+        total = 0.0
+        for name, anchor in anchors.items():
+            weight = anchor.node.inputs[1]
+            channels = weight.shape[weight_axis(anchor.node)]
+            entry = self.observed.get(name)
+            total += (entry.elements if entry else 0) * int(np.prod(weight.shape)) / max(channels, 1)
+        return total
+
+    # -------------------------------------------------------------------------------------------------- calibration
+
+    def _calibrate(self, placement: Placement, batch: int) -> None:
+        """Choose the code of every tensor that carries one."""
+        own = [name for name in sorted(placement.carried | placement.fed) if not _inherits(placement, name)]
+        counts: dict[str, FloatArray] = {}
+        if self.options.calibration != "minmax":
+            watched = {name: self.observed[name] for name in own}
+            counts = histograms(self.model, watched, self.data, batch, self._progress(30, 80, batch))
+        for name in own:
+            entry = self.observed[name]
+            low, high = choose_range(
+                entry.low, entry.high, counts.get(name), self.options.calibration, self.options.percentile
+            )
+            chain = placement.chains.get(name)
+            self.codes[name] = chain_code(chain, low, high) if chain else code_of_range(low, high)
+        self._share_concat(placement)
+        for propagator in placement.propagators.values():  # in the order of the graph
+            if propagator.kind != "arithmetic":
+                read = self.codes[propagator.node.inputs[0].name].read
+                for tensor in propagator.node.outputs:
+                    self.codes[tensor.name] = TensorCode(read, read)
+
+    def _share_concat(self, placement: Placement) -> None:
+        """Give what only a Concat reads the code of its result: the copy is then one of bytes, and rounds once."""
+        for name, propagator in placement.propagators.items():
+            if propagator.node.op != "Concat":
+                continue
+            for tensor in propagator.node.inputs:
+                inherits = _inherits(placement, tensor.name)
+                if len(tensor.outputs) == 1 and not inherits and tensor.name not in placement.chains:
+                    self.codes[tensor.name] = self.codes[name]
+
+    def _progress(self, start: int, end: int, batch: int) -> _Progress:
+        return _Progress(self.context, start, end, max(1, -(-self.data.samples // batch)))
+
+    # --------------------------------------------------------------------------------------------------- correction
+
+    def _emitter(self, model: Model, placement: Placement, found: dict[str, FloatArray]) -> Emitter:
+        return Emitter(model, placement, self.codes, found, 63 if self.options.reduce_range else 127)
+
+    def _emitted(self, source: Model, found: dict[str, FloatArray]) -> Model:
+        result = source.copy()
+        self._emitter(result, self._place(result, None), found).emit()
+        drop_value_info(result)
+        return result
+
+    def _correct(self, teacher: Model, batch: int) -> dict[str, FloatArray]:
+        """Bias corrections, or none when they do not lower the error on samples that were held back."""
+        feeds = sum(1 for _ in self.data.batches(batch))
+        if feeds < 2:
+            batch = max(1, self.data.samples // 4)
+            feeds = sum(1 for _ in self.data.batches(batch))
+        fit = max(1, int(feeds * _FIT_SHARE))
+        if feeds < 2:
+            self.outcome.refuse("bias correction", "model", "one calibration feed cannot be split into two halves")
+            return {}
+        probed = teacher.copy()
+        emitter = self._emitter(probed, self._place(probed, None), {})
+        emitter.probes = {}
+        emitter.emit()
+        drop_value_info(probed)
+        watched = teacher.copy()
+        found = corrections(
+            watched,
+            self._place(watched, None),
+            probed,
+            emitter.probes,
+            itertools.islice(self.data.batches(batch), fit),
+        )
+        self.context.progress(90, 100)
+        true = Session(teacher)
+        errors = [
+            output_error(
+                true, Session(self._emitted(teacher, each)), itertools.islice(self.data.batches(batch), fit, None)
+            )
+            for each in ({}, found)
+        ]
+        self.context.progress(100, 100)
+        self.outcome.numbers |= {
+            "output error before correction": errors[0],
+            "output error after correction": errors[1],
+        }
+        if errors[1] < errors[0]:
+            return found
+        why = f"it would raise the output error on held-back samples from {errors[0]:.3g} to {errors[1]:.3g}"
+        self.outcome.refuse("bias correction", "model", why)
+        return {}
+
+    def _note(self, placement: Placement) -> None:
+        for name, anchor in placement.anchors.items():
+            node = anchor.node
+            code = self.codes[node.inputs[0].name].read
+            channels = node.inputs[1].shape[weight_axis(node)]
+            scales = f"{channels} weight scales" if anchor.axis is not None else "one weight scale"
+            what = f"{node.op} in int8: input step {code.scale:.4g}, zero {code.zero}, {scales}"
+            self.outcome.change("qdq", node.name or name, what)
+        ops = Counter(propagator.node.op for propagator in placement.propagators.values())
+        ops.update(node.op for chain in placement.chains.values() for node in chain.nodes)
+        for op, count in sorted(ops.items()):
+            self.outcome.change("qdq", op, f"{count} {op} between them run on int8 codes")
+
+
+@dataclass
+class _Progress:
+    """Moves the bar from ``start`` to ``end`` percent as batches go by."""
+
+    context: Context
+    start: int
+    end: int
+    batches: int
+    done: int = 0
+
+    def __call__(self) -> None:
+        self.done += 1
+        share = min(1.0, self.done / self.batches)
+        self.context.progress(round(self.start + share * (self.end - self.start)), 100)
+
+
+def _inherits(placement: Placement, name: str) -> bool:
+    """Whether a tensor has the code of another: it was moved, not computed."""
+    return any(
+        propagator.kind != "arithmetic" and any(tensor.name == name for tensor in propagator.node.outputs)
+        for propagator in placement.propagators.values()
+    )
+
+
+def _watched(graph: gs.Graph, shapes: Shapes) -> list[str]:
+    """The float32 tensors of the main graph that codes may be needed for: all but the constants."""
+    names: dict[str, None] = {}
+    for tensor in (*graph.inputs, *(tensor for node in graph.nodes for tensor in node.outputs)):
+        if tensor.name and shapes.dtype(tensor) == np.float32:
+            names[tensor.name] = None
+    return list(names)
+
+
+def _file_size(model: Model) -> int:
+    """Bytes of the model as a file, without writing it."""
+    skeleton = model.to_skeleton()
+    outside = 0
+    for tensor in _tensors(skeleton.graph):
+        if tensor.external_data:
+            itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            outside += int(np.prod(tensor.dims)) * itemsize
+    return int(skeleton.ByteSize()) + outside
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            for body in (attribute.g, *attribute.graphs):
+                yield from _tensors(body)
