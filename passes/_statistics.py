@@ -143,14 +143,21 @@ class LinearLayer:
         where = np.unravel_index(rows.position, windows.shape[2 : x.ndim])
         index: tuple[Any, ...] = (rows.sample, slice(None), *where)
         patches = windows[index]  # [R, C, *kernel]
-        return patches.reshape(len(patches), self.groups, -1).transpose(1, 0, 2)
+        rows_of: Array = patches.reshape(len(patches), self.groups, -1)
+        return rows_of.transpose(1, 0, 2)
 
-    def output_rows(self, y: Array, rows: Rows) -> Array:
-        """The same rows of an output batch, ``[G, R, O]`` in the dtype of ``y``."""
-        if not self.spatial:
+    def output_rows(self, y: Array, rows: Rows, channels: NDArray[np.integer] | None = None) -> Array:
+        """The same rows of an output batch, ``[G, R, O]`` in the dtype of ``y``.
+
+        ``channels`` picks from a wider tensor the ``G * O`` channels that the layer makes (a teacher that was not cut).
+        """
+        if self.spatial:
+            picked = y.reshape(y.shape[0], y.shape[1], -1)[rows.sample, :, rows.position]
+        else:
             samples = y.shape[0] if y.ndim > 1 else 1
-            return y.reshape(samples, -1, y.shape[-1])[rows.sample, rows.position][None]
-        picked = y.reshape(y.shape[0], y.shape[1], -1)[rows.sample, :, rows.position]  # [R, G * O]
+            picked = y.reshape(samples, -1, y.shape[-1])[rows.sample, rows.position]
+        if channels is not None:
+            picked = picked[:, channels]
         return picked.reshape(len(picked), self.groups, -1).transpose(1, 0, 2)
 
     def _padding(self, size: Sequence[int]) -> tuple[list[int], list[int]]:

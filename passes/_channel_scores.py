@@ -1,0 +1,103 @@
+"""How much each channel of a coupled group matters, over all layers that make it or read it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxslim.graph.coupling import Group, Member
+from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
+
+__all__ = ["obs_order", "readers", "weight_norms"]
+
+FloatArray = NDArray[np.float64]
+
+
+def weight_norms(group: Group) -> FloatArray:
+    """Sum over all weights of the squared norm of each channel's slices, ``[channels]``.
+
+    Every weight is scaled to mean 1 first, so that a layer with large weights does not outvote the others.
+    """
+    total = np.zeros(group.channels)
+    for member in group.weights:
+        norms = _slice_norms(member)
+        total += norms / max(float(norms.mean()), 1e-30)
+    return total
+
+
+def _slice_norms(member: Member) -> FloatArray:
+    assert isinstance(member.place.tensor, gs.Constant)
+    values = np.asarray(member.place.tensor.values, dtype=np.float64)
+    other = tuple(axis for axis in range(values.ndim) if axis != member.place.axis)
+    return np.square(values).sum(axis=other)[member.positions].sum(axis=1)
+
+
+def readers(group: Group) -> list[tuple[LinearLayer, NDArray[np.int64]]]:
+    """Layers that sum over the group's channels, with the columns ``[channels, each]`` of their matrix.
+
+    Grouped convolutions are left out: their columns belong to different outputs.
+    """
+    positions = {member.axis: member.positions for member in group.members}
+    found = []
+    for use in group.uses:
+        layer = None if use.makes else linear_layer(use.node)
+        if layer is None or layer.groups != 1 or id(layer.weight) != use.axis[0]:
+            continue
+        taps = math.prod(int(n) for n in layer.weight.shape[2:]) if layer.spatial else 1
+        columns = positions[use.axis][:, :, None] * taps + np.arange(taps)
+        found.append((layer, columns.reshape(group.channels, -1)))
+    return found
+
+
+def obs_order(group: Group, moments: Mapping[int, Moments], damping: float = 1e-2) -> NDArray[np.int64] | None:
+    """Channels in the order in which they are best removed, the least important first; None without statistics.
+
+    Optimal brain surgeon on the input of every layer that reads the group: removing the columns ``c`` of a layer with
+    input covariance ``H`` and letting all others make up for it costs ``tr(W_c (inv(H)_cc)^-1 W_c^T)``, relative to
+    ``tr(W H W^T)``; costs of all readers are added. The cheapest channel goes, ``W`` and ``inv(H)`` follow (Hassibi and
+    Stork 1993; block form as in arXiv 2203.07259), and so on.
+
+    Args:
+        group: the channels.
+        moments: of the inputs of its readers in the original model, by ``id(node)``.
+        damping: added to the diagonal of ``H``, in units of its mean.
+    """
+    states = []
+    for layer, columns in readers(group):
+        seen = moments.get(id(layer.node))
+        if seen is None or seen.count == 0:
+            continue
+        hessian = seen.covariance[0]
+        mean = float(np.diagonal(hessian).mean())
+        if not np.isfinite(mean) or mean <= 0:
+            continue
+        inverse = np.linalg.inv(hessian + damping * mean * np.eye(len(hessian)))
+        weight = layer.matrices()[0]
+        scale = float(np.einsum("ok,ok->", weight @ hessian, weight))
+        states.append((inverse, weight, columns, max(scale, 1e-30)))
+    if not states:
+        return None
+    alive = np.ones(group.channels, bool)
+    order = []
+    for _ in range(group.channels - 1):
+        left = np.flatnonzero(alive)
+        cost = np.zeros(len(left))
+        for inverse, weight, columns, scale in states:
+            blocks = columns[left]
+            own = inverse[blocks[:, :, None], blocks[:, None, :]]
+            mine = weight[:, blocks].transpose(1, 2, 0)  # [channels, each, O]
+            cost += np.einsum("cko,cko->c", mine, np.linalg.solve(own, mine)) / scale
+        gone = int(left[int(cost.argmin())])
+        order.append(gone)
+        alive[gone] = False
+        for inverse, weight, columns, _scale in states:
+            block = columns[gone]
+            update = np.linalg.solve(inverse[np.ix_(block, block)], inverse[block])
+            weight -= weight[:, block] @ update
+            inverse -= inverse[:, block] @ update
+    order.append(int(np.flatnonzero(alive)[0]))
+    return np.array(order)

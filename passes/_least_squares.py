@@ -1,0 +1,242 @@
+"""Least-squares recovery: give every layer behind a cut the weights that best reproduce the original's output.
+
+Layers are visited in topological order. A layer's input comes from the cut model with all earlier layers already
+refitted, its target from the original model at the same node, reduced to the channels that are left (asymmetric
+reconstruction, He et al. 2017, arXiv 1707.06168). With centred moments ``S`` of the input and ``C`` across input and
+target,
+
+    (S + lambda I) W^T = C + lambda W0^T,        b = mean(y) - W mean(x),        lambda = ridge * mean(diag S)
+
+where ``W0`` is the cut weight: the penalty pulls towards it, not towards zero, so directions that the data does not
+cover keep what training gave them. No labels, no gradients, ``K * K`` floats a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxslim.graph.walk import is_graph_output
+from onnxslim.model import Model
+from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
+from onnxslim.passes._trunk import Trunk
+
+__all__ = ["Refit", "recover", "solve"]
+
+FloatArray = NDArray[np.float64]
+Feed = dict[str, np.ndarray]
+
+
+@dataclass
+class Refit:
+    """What became of one layer.
+
+    Attributes:
+        node: the layer.
+        before, after: mean squared error of its output over the target's variance, with the cut and the fitted weights.
+        why: why it was left as it was; None when it was refitted.
+    """
+
+    node: gs.Node
+    before: float = 0.0
+    after: float = 0.0
+    why: str | None = None
+
+
+@dataclass(eq=False)
+class _Task:
+    layer: LinearLayer
+    kept: NDArray[np.int64] | None
+    moments: Moments | None = None
+
+
+def recover(
+    model: Model,
+    teacher: Model,
+    kept: Callable[[LinearLayer], NDArray[np.int64] | None],
+    changed: set[int],
+    batches: Callable[[], Iterable[Feed]],
+    *,
+    ridge: float,
+    per_sample: int,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Refit]:
+    """Refit all layers of ``model`` whose input is no longer what it was in ``teacher``, in place.
+
+    Args:
+        model: the cut model.
+        teacher: the original; tensors are matched by name.
+        kept: which of the teacher's channels a layer still makes; None for all.
+        changed: ids of the nodes whose weights were cut.
+        batches: yields the calibration feeds anew at each call.
+        ridge: strength of the pull to the cut weights, in units of the inputs' mean variance.
+        per_sample: rows drawn from each sample.
+        seed: of the draw.
+        progress: called with layers done and layers to do.
+
+    Raises:
+        ModelError: a model does not run on the feeds.
+    """
+    levels, skipped = _levels(model, changed)
+    student, original = Trunk(model, batches), Trunk(teacher, batches)
+    done, total = 0, sum(len(level) for level in levels)
+    for number, level in enumerate(levels):
+        tasks = [_Task(layer, kept(layer)) for layer in level]
+        rng = np.random.default_rng([seed, number])
+        inputs = student.step(sorted({task.layer.data.name for task in tasks}))
+        targets = original.step(sorted({task.layer.output.name for task in tasks}))
+        for x, y in zip(inputs, targets, strict=True):
+            for task in tasks:
+                _observe(task, x[task.layer.data.name], y[task.layer.output.name], rng, per_sample)
+        for task in tasks:
+            skipped.append(_refit(model, task, ridge))
+        done += len(level)
+        progress(done, total)
+    return skipped
+
+
+def _observe(task: _Task, x: np.ndarray, y: np.ndarray, rng: np.random.Generator, per_sample: int) -> None:
+    layer = task.layer
+    if task.moments is None:
+        groups, outputs, inputs = layer.shape
+        task.moments = Moments.empty(groups, inputs, outputs)
+    rows = layer.draw(y.shape, rng, per_sample)
+    task.moments.add(layer.input_rows(x, rows), layer.output_rows(y, rows, task.kept))
+
+
+def _levels(model: Model, changed: set[int]) -> tuple[list[list[LinearLayer]], list[Refit]]:
+    """Layers behind a changed one, those that do not depend on each other together, in order."""
+    depth: dict[int, int] = {}  # by tensor: how many refitted layers are behind it; absent where nothing changed
+    levels: list[list[LinearLayer]] = []
+    skipped: list[Refit] = []
+    users: dict[int, int] = {}
+    for node in model.graph.nodes:
+        if len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant):
+            users[id(node.inputs[1])] = users.get(id(node.inputs[1]), 0) + (linear_layer(node) is not None)
+    for node in model.graph.nodes:
+        behind = [depth[id(tensor)] for tensor in node.inputs if id(tensor) in depth]
+        if not behind and id(node) not in changed:
+            continue
+        level = max(behind, default=0)
+        layer = linear_layer(node)
+        if layer is not None and id(layer.data) in depth:
+            why = _unfit(layer, users[id(layer.weight)])
+            if why is None:
+                while len(levels) <= level:
+                    levels.append([])
+                levels[level].append(layer)
+                level += 1
+            else:
+                skipped.append(Refit(node, why=why))
+        depth.update((id(tensor), level) for tensor in node.outputs)
+    return levels, skipped
+
+
+def _unfit(layer: LinearLayer, users: int) -> str | None:
+    """Why a layer cannot be refitted; None when it can."""
+    node = layer.node
+    if users > 1:
+        return "its weight serves other layers too"
+    if node.op == "Gemm" and len(node.inputs) > 2 and not node.inputs[2].is_empty():
+        bias = node.inputs[2]
+        if not isinstance(bias, gs.Constant) or int(np.prod(bias.shape)) not in (1, layer.shape[1]):
+            return "its bias is computed"
+    return None
+
+
+def _refit(model: Model, task: _Task, ridge: float) -> Refit:
+    layer, moments = task.layer, task.moments
+    assert moments is not None
+    if moments.count == 0:
+        return Refit(layer.node, why="the calibration data gave it no finite input")
+    shift = _shift_add(model, layer)
+    centred = layer.node.op != "MatMul" or shift is not None
+    start = layer.matrices()
+    matrices = solve(moments, start, ridge, centred=centred)
+    if not np.isfinite(matrices).all():
+        return Refit(layer.node, why="its least squares did not come out finite")
+    before, after = (_error(moments, w, centred=centred) for w in (start, matrices))
+    bias = (moments.mean_y - np.einsum("gok,gk->go", matrices, moments.mean)).reshape(-1)
+    _replace(model, layer.node, 1, layer.stored(matrices))
+    if shift is not None:
+        add, slot = shift
+        constant = add.inputs[slot]
+        shape = (1,) * (max(len(constant.shape), 1) - 1) + (-1,)
+        _replace(model, add, slot, constant.values + bias.reshape(shape).astype(constant.dtype))
+    elif centred:
+        _set_bias(model, layer, bias)
+    return Refit(layer.node, before, after)
+
+
+def solve(moments: Moments, start: FloatArray, ridge: float, *, centred: bool = True) -> FloatArray:
+    """The weights ``[G, O, K]`` that minimise the squared error over ``moments`` with a pull to ``start``.
+
+    Inputs that never vary keep their weight. ``centred`` says that a bias is fitted beside the weights.
+    """
+    if centred:
+        gram, cross = moments.covariance, moments.cross_covariance
+    else:
+        assert moments.cross is not None
+        gram, cross = moments.second, moments.cross / max(moments.count, 1)
+    diagonal = np.einsum("gkk->gk", gram)
+    strength = ridge * diagonal.mean(axis=1)
+    strength = np.maximum(strength, 1e-6 * max(float(diagonal.mean()), 1e-30))[:, None, None]
+    left = gram + strength * np.eye(gram.shape[1])
+    return np.linalg.solve(left, cross + strength * start.transpose(0, 2, 1)).transpose(0, 2, 1)
+
+
+def _error(moments: Moments, matrices: FloatArray, *, centred: bool) -> float:
+    """Mean squared error over the variance of the target, with the best bias."""
+    assert moments.sum_yy is not None and moments.cross is not None
+    count = max(moments.count, 1)
+    if centred:
+        gram, cross = moments.covariance, moments.cross_covariance
+        power = moments.sum_yy / count - moments.mean_y**2
+    else:
+        gram, cross, power = moments.second, moments.cross / count, moments.sum_yy / count
+    fit = np.einsum("gok,gko->", matrices, cross)
+    own = np.einsum("gok,gok->", matrices @ gram, matrices)
+    return float(max(power.sum() - 2 * fit + own, 0.0) / max(power.sum(), 1e-30))
+
+
+def _shift_add(model: Model, layer: LinearLayer) -> tuple[gs.Node, int] | None:
+    """The Add of a constant vector that alone reads a MatMul, and the slot of that vector: it is the layer's bias."""
+    output = layer.output
+    if layer.node.op != "MatMul" or len(output.outputs) != 1 or is_graph_output(model.graph, output):
+        return None
+    add = output.outputs[0]
+    if add.op != "Add" or add.domain not in (None, "", "ai.onnx"):
+        return None
+    slot = 1 if add.inputs[0] is output else 0
+    constant = add.inputs[slot]
+    if not isinstance(constant, gs.Constant) or not constant.shape or constant.shape[-1] != layer.shape[1]:
+        return None
+    return (add, slot) if int(np.prod(constant.shape)) == layer.shape[1] else None
+
+
+def _set_bias(model: Model, layer: LinearLayer, bias: FloatArray) -> None:
+    node = layer.node
+    values = (bias / float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else bias).astype(layer.weight.dtype)
+    if len(node.inputs) > 2 and not node.inputs[2].is_empty():
+        _replace(model, node, 2, values)
+        return
+    node.attrs.pop("beta", None)
+    constant = gs.Constant(model.fresh_name(f"{layer.weight.name}_bias"), bias.astype(layer.weight.dtype))
+    if len(node.inputs) > 2:
+        node.inputs[2] = constant
+    else:
+        node.inputs.append(constant)
+
+
+def _replace(model: Model, node: gs.Node, slot: int, values: np.ndarray) -> None:
+    """Give one input slot new values; other users of the constant keep theirs."""
+    old = node.inputs[slot]
+    if len(old.outputs) == 1 and not is_graph_output(model.graph, old):
+        old.values = values
+    else:
+        node.inputs[slot] = gs.Constant(model.fresh_name(old.name), values)
