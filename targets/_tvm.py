@@ -88,7 +88,9 @@ def load_tvm() -> Any:
     try:
         return importlib.import_module("tvm")
     except (ImportError, OSError, RuntimeError) as error:
-        raise TargetError(f"TVM cannot be loaded ({_first_line(error)}). Is this Linux with glibc 2.28 or newer?") from None
+        raise TargetError(
+            f"TVM cannot be loaded ({_first_line(error)}). Is this Linux with glibc 2.28 or newer?"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -96,13 +96,30 @@ class Bundle:
             if file.is_symlink() or not file.is_file():
                 raise TargetError(f"{file}: is missing or not a plain file. Compile the model again.")
             if file.stat().st_size != entry.bytes or _sha256(file) != entry.sha256:
-                raise TargetError(f"{file}: is not the file that was compiled: its hash differs. Compile the model again.")
+                raise TargetError(
+                    f"{file}: is not the file that was compiled: its hash differs. Compile the model again."
+                )
         return cls(path, manifest, threads=threads)
 
     @property
     def target(self) -> Target:
         """What it was compiled for."""
         return self.manifest.target
+
+    @property
+    def inputs(self) -> list[TensorEntry]:
+        """What a feed must hold, in order."""
+        return self.manifest.inputs
+
+    @property
+    def outputs(self) -> list[TensorEntry]:
+        """What :meth:`run` returns, in order."""
+        return self.manifest.outputs
+
+    @property
+    def notes(self) -> list[str]:
+        """What its user should know about it."""
+        return self.manifest.notes
 
     @property
     def size_bytes(self) -> int:
@@ -165,6 +182,14 @@ class Bundle:
             call()
         return call
 
+    def check(self, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The arrays of a feed in the order of the inputs, contiguous.
+
+        Raises:
+            DataError: the feed does not fit.
+        """
+        return _check_feed(self.manifest.inputs, feed)
+
     def _function(self) -> Any:
         if self._vm is None:
             self._vm = self._open()
@@ -184,7 +209,7 @@ class Bundle:
             return relax.VirtualMachine(tvm.runtime.load_module(str(self.path / LIBRARY)), tvm.cpu())
 
     def _arguments(self, feed: Mapping[str, np.ndarray]) -> list[Any]:
-        arrays = _check_feed(self.manifest.inputs, feed)
+        arrays = self.check(feed)
         tensor = load_tvm().runtime.tensor
         return [tensor(array) for array in arrays]
 

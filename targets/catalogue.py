@@ -76,9 +76,7 @@ def _x86(level: str, description: str, vector_bits: int, flags: frozenset[str]) 
     )
 
 
-def _arm(
-    name: str, mcpu: str, description: str, *, cores: int, l1_kib: int, l2_kib: int, dot: bool = False
-) -> Target:
+def _arm(name: str, mcpu: str, description: str, *, cores: int, l1_kib: int, l2_kib: int, dot: bool = False) -> Target:
     return Target(
         name=name,
         description=description,
@@ -104,7 +102,13 @@ _FIXED = [
     _arm("cortex-a76", "cortex-a76", "Arm Cortex-A76: NEON, dot product", cores=4, l1_kib=64, l2_kib=512, dot=True),
     _arm("raspberry-pi-4", "cortex-a72", "Raspberry Pi 4, 64-bit Linux: 4 × A72", cores=4, l1_kib=32, l2_kib=1024),
     _arm(
-        "raspberry-pi-5", "cortex-a76", "Raspberry Pi 5, 64-bit Linux: 4 × A76", cores=4, l1_kib=64, l2_kib=512, dot=True
+        "raspberry-pi-5",
+        "cortex-a76",
+        "Raspberry Pi 5, 64-bit Linux: 4 × A76",
+        cores=4,
+        l1_kib=64,
+        l2_kib=512,
+        dot=True,
     ),
     _arm(
         "neoverse-n1",

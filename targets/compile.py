@@ -30,6 +30,8 @@ __all__ = ["compile"]
 # Part of the cache key: raise it when the same model would become another library.
 _PIPELINE = 1
 
+_COPY_RUNTIME = "(first copy libtvm_runtime.so and libtvm_ffi.so out of these packages into this folder)\n  "
+
 
 def compile(
     model: Model | ModelProto | str | Path,
@@ -185,7 +187,7 @@ def _readme(manifest: Manifest) -> str:
         inputs=inputs or "  none",
         outputs=outputs,
         python=f"pip install numpy {ffi}" if has_runtime else f"pip install numpy {pins}",
-        native="" if has_runtime else "(copy libtvm_runtime.so and libtvm_ffi.so out of those packages into this folder first)\n  ",
+        native="" if has_runtime else _COPY_RUNTIME,
     )
 
 

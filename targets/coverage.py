@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
+from onnxslim.model import Model
 from onnxslim.targets._tvm import load_tvm
-from onnxslim.targets.prepare import Prepared, nested_graphs, prepare
+from onnxslim.targets.prepare import Prepared, as_proto, nested_graphs, prepare
 
 __all__ = ["scan", "unsupported_ops"]
 
@@ -23,7 +25,9 @@ _NARROW = {
 _QUANTIZATION = frozenset({"DequantizeLinear", "QuantizeLinear"})
 
 
-def unsupported_ops(model: ModelProto, shapes: dict[str, list[int]] | None = None) -> dict[str, list[str]]:
+def unsupported_ops(
+    model: Model | ModelProto | str | Path, shapes: dict[str, list[int]] | None = None
+) -> dict[str, list[str]]:
     """What TVM cannot take of ``model``: op -> names of the nodes; empty when it can take all.
 
     Local functions are inlined and constants folded first, as compiling does, so 4-bit weights that are unpacked by
@@ -31,15 +35,14 @@ def unsupported_ops(model: ModelProto, shapes: dict[str, list[int]] | None = Non
     form of an op that TVM lacks is named with it, such as ``DequantizeLinear (block_size)``.
 
     Args:
-        model: is not changed.
+        model: an ONNX file, or a model in memory; it is not changed.
         shapes: sizes of dynamic inputs, by input name.
 
     Raises:
+        ModelError: the model cannot be read.
         TargetError: TVM is not there, or ``shapes`` does not fit the model.
     """
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    return scan(prepare(copy, shapes))
+    return scan(prepare(as_proto(model), shapes))
 
 
 def scan(prepared: Prepared) -> dict[str, list[str]]:
@@ -88,6 +91,16 @@ def _problem(node: NodeProto, known: frozenset[str] | set[str], narrow: dict[str
             return f"{node.op_type} ({_NARROW[attributes['output_dtype'].i]} output)"
     if node.op_type == "Cast" and attributes["to"].i in _NARROW:
         return f"Cast (to {_NARROW[attributes['to'].i]})"
+    if node.op_type == "Resize":
+        # The importer takes no notice of these, so the result would be wrong.
+        ignored = [name for name in ("antialias", "axes", "keep_aspect_ratio_policy") if name in attributes]
+        if ignored and any(_is_set(attributes[name]) for name in ignored):
+            return f"Resize ({', '.join(ignored)})"
     if node.op_type == "Constant":
         return "Constant (string)" if "value_string" in attributes or "value_strings" in attributes else None
     return None
+
+
+def _is_set(attribute: AttributeProto) -> bool:
+    """Whether an attribute of Resize differs from its default."""
+    return bool(attribute.ints) or attribute.i != 0 or attribute.s not in (b"", b"stretch")

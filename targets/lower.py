@@ -114,7 +114,7 @@ def build_library(executable: Any, output: Path, triple: str) -> None:
 
 
 def _pipeline(target: Any) -> Any:
-    """What turns operators into loops and calls. TVM's "default" fuses nothing on a CPU, so the steps are spelled out."""
+    """What turns operators into loops and calls; spelled out, because TVM's "default" fuses nothing on a CPU."""
     tvm = load_tvm()
     from tvm import relax
 

@@ -8,6 +8,7 @@ blockwise scales and a weak hand with shape arithmetic. All of that is gone, or 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from onnxslim.errors import TargetError
 from onnxslim.model import Model, load
@@ -83,6 +83,7 @@ def prepare(proto: ModelProto, shapes: dict[str, list[int]] | None = None) -> Pr
     _drop_empty_attributes(proto.graph)
     _pin_shapes(proto.graph, shapes or {})
     _fold(proto)
+    _modern_resize(proto)
     _remove_dead(proto.graph)
     inferred = _infer(proto)
     types = {value.name: value for value in inferred.graph.output} if inferred else {}
@@ -107,7 +108,7 @@ def nested_graphs(graph: GraphProto) -> Iterator[GraphProto]:
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
-            for body in ([attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs):
+            for body in [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs:
                 yield from nested_graphs(body)
 
 
@@ -160,13 +161,48 @@ def _constants_to_initializers(graph: GraphProto) -> None:
         for sparse in body.sparse_initializer:
             body.initializer.append(_dense(sparse, sparse.values.name))
         del body.sparse_initializer[:]
-        for node in [node for node in body.node if node.op_type == "Constant" and not node.domain]:
-            if node.output[0] in outputs:
+        dropped = set()
+        for node in body.node:
+            tensor = _constant_tensor(node) if node.op_type == "Constant" and not node.domain else None
+            if tensor is None:
                 continue
-            tensor = _constant_tensor(node)
-            if tensor is not None:
+            if node.output[0] in outputs:
+                # An output must be made by a node.
+                node.attribute[0].CopyFrom(helper.make_attribute("value", tensor))
+            else:
                 body.initializer.append(tensor)
-                body.node.remove(node)
+                dropped.add(node.name)
+        _keep_nodes(body, [node for node in body.node if node.name not in dropped])
+
+
+def _keep_nodes(graph: GraphProto, kept: list[NodeProto]) -> None:
+    if len(kept) != len(graph.node):
+        # Protobuf forgets an element that is taken out of its list.
+        copies = [NodeProto.FromString(node.SerializeToString()) for node in kept]
+        del graph.node[:]
+        graph.node.extend(copies)
+
+
+def _modern_resize(proto: ModelProto) -> None:
+    """Write Upsample and the Resize of opset 10 as the importer's one form of Resize: X, roi, scales, sizes."""
+    opset = opset_of(proto)
+    for body in nested_graphs(proto.graph):
+        sizes = {tensor.name: int(np.prod(tensor.dims, dtype=np.int64)) for tensor in body.initializer}
+        for node in body.node:
+            if node.domain not in ("", "ai.onnx"):
+                continue
+            if (node.op_type == "Upsample" and opset >= 9) or (node.op_type == "Resize" and opset == 10):
+                data, scales = node.input[0], node.input[1]
+                del node.input[:]
+                node.input.extend([data, "", scales])
+                node.op_type = "Resize"
+                node.attribute.append(helper.make_attribute("coordinate_transformation_mode", "asymmetric"))
+                node.attribute.append(helper.make_attribute("nearest_mode", "floor"))
+            elif node.op_type == "Resize":
+                # An empty tensor says the same as no tensor, but not to the importer.
+                names = [name if sizes.get(name) != 0 else "" for name in node.input]
+                del node.input[:]
+                node.input.extend(names)
 
 
 def _constant_tensor(node: NodeProto) -> TensorProto | None:
@@ -203,7 +239,7 @@ def _drop_empty_attributes(graph: GraphProto) -> None:
     lists = {AttributeProto.INTS: "ints", AttributeProto.FLOATS: "floats", AttributeProto.STRINGS: "strings"}
     for body in nested_graphs(graph):
         for node in body.node:
-            kept = [a for a in node.attribute if a.type not in lists or len(getattr(a, lists[a.type]))]
+            kept = [a for a in node.attribute if a.type not in lists or getattr(a, lists[a.type])]
             if len(kept) != len(node.attribute):
                 copies = [AttributeProto.FromString(attribute.SerializeToString()) for attribute in kept]
                 del node.attribute[:]
@@ -217,10 +253,11 @@ def _pin_shapes(graph: GraphProto, shapes: dict[str, list[int]]) -> None:
     inputs = {value.name: value for value in graph.input}
     for name in shapes:
         if name not in inputs:
-            raise TargetError(f"[shapes] names {name!r}, which is no input; the inputs are: {', '.join(inputs) or 'none'}.")
+            raise TargetError(f"[shapes] names {name!r}, no input; there are: {', '.join(inputs) or 'none'}.")
     symbols = _bind_symbols(inputs, shapes)
+    variables: dict[str, str] = {}
     for value in graph.input:
-        _set_shape(value, shapes.get(value.name), symbols)
+        _set_shape(value, shapes.get(value.name), symbols, variables)
     # Sizes that the file declared of inner tensors and outputs may be those of another batch.
     del graph.value_info[:]
     for value in graph.output:
@@ -254,7 +291,9 @@ def _bind_symbols(inputs: dict[str, ValueInfoProto], shapes: dict[str, list[int]
     return symbols
 
 
-def _set_shape(value: ValueInfoProto, wanted: list[int] | None, symbols: dict[str, int]) -> None:
+def _set_shape(
+    value: ValueInfoProto, wanted: list[int] | None, symbols: dict[str, int], variables: dict[str, str]
+) -> None:
     if value.type.WhichOneof("value") != "tensor_type":
         return
     tensor = value.type.tensor_type
@@ -267,7 +306,12 @@ def _set_shape(value: ValueInfoProto, wanted: list[int] | None, symbols: dict[st
         if dim.dim_param in symbols:
             dim.dim_value = symbols[dim.dim_param]
         elif dim.WhichOneof("value") != "dim_value" or dim.dim_value < 0:
-            dim.dim_param = f"{value.name}_{axis}" if dim.dim_param in _NO_SYMBOL else dim.dim_param
+            symbol = f"{value.name}_{axis}" if dim.dim_param in _NO_SYMBOL else dim.dim_param
+            if symbol not in variables:
+                # "2*n" is a name in ONNX; in TVM it would be arithmetic.
+                plain = re.sub(r"\W", "_", symbol, flags=re.ASCII)
+                variables[symbol] = plain if plain not in variables.values() else f"{plain}_{len(variables)}"
+            dim.dim_param = variables[symbol]
 
 
 def _describe(value: ValueInfoProto) -> Tensor:
@@ -309,12 +353,15 @@ def _infer(proto: ModelProto) -> ModelProto | None:
 # ----------------------------------------------------------------------------------------------------------- folding
 
 # Cheap, deterministic, and the same in the reference evaluator as in a runtime.
-_FOLDABLE = frozenset(
-    """Abs Add And Cast CastLike Ceil Clip Concat ConstantOfShape DequantizeLinear Div Equal Expand Flatten Floor Gather
-    GatherElements GatherND Greater GreaterOrEqual Identity Less LessOrEqual Max Min Mod Mul Neg Not Or Pad Pow Range
-    Reciprocal ReduceMax ReduceMin ReduceProd ReduceSum Reshape ScatterElements ScatterND Shape Size Slice Split Sqrt
-    Squeeze Sub Sum Tile Transpose Unsqueeze Where""".split()
-)
+# fmt: off
+_FOLDABLE = frozenset({
+    "Abs", "Add", "And", "Cast", "CastLike", "Ceil", "Clip", "Concat", "ConstantOfShape", "DequantizeLinear", "Div",
+    "Equal", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Greater", "GreaterOrEqual",
+    "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pad", "Pow", "Range",
+    "Reciprocal", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "ScatterElements", "ScatterND",
+    "Shape", "Size", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tile", "Transpose", "Unsqueeze", "Where",
+})
+# fmt: on
 _MAX_FOLDED_BYTES = 1 << 30
 _ROUNDS = 8
 
@@ -362,10 +409,7 @@ def _fold_once(
             arrays[name] = value
             constants[name] = numpy_helper.from_array(value, name)
             graph.initializer.append(constants[name])
-    if changed:
-        copies = [NodeProto.FromString(node.SerializeToString()) for node in kept]
-        del graph.node[:]
-        graph.node.extend(copies)
+    _keep_nodes(graph, kept)
     return changed
 
 
@@ -393,6 +437,8 @@ def _evaluate(
         if name not in arrays:
             arrays[name] = numpy_helper.to_array(constants[name])
         feeds[name] = arrays[name]
+    from onnx.reference import ReferenceEvaluator
+
     untyped = onnx.TypeProto()
     single = helper.make_model(
         helper.make_graph(
@@ -429,13 +475,10 @@ def _remove_dead(graph: GraphProto) -> None:
         kept.append(node)
         needed.update(node.input)
         for attribute in node.attribute:
-            for body in ([attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs):
+            for body in [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs:
                 for inner in nested_graphs(body):
                     needed.update(name for user in inner.node for name in user.input)
                     needed.update(value.name for value in inner.output)
-    if len(kept) != len(graph.node):
-        copies = [NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
-        del graph.node[:]
-        graph.node.extend(copies)
+    _keep_nodes(graph, kept[::-1])
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in needed]:
         graph.initializer.remove(tensor)

@@ -6,13 +6,17 @@ python run.py inputs.npz [outputs.npz] [--threads N] [--repeat N]
 inputs.npz holds one array for each input, by its name in manifest.json.  Without it, random inputs are used.
 """
 
+from __future__ import annotations
+
 import argparse
 import ctypes
 import json
 import os
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +26,7 @@ FOLDER = Path(__file__).resolve().parent
 class Model:
     """The compiled model: call it with a dict of arrays, get a dict of arrays."""
 
-    def __init__(self, folder=FOLDER, threads=0):
+    def __init__(self, folder: Path = FOLDER, threads: int = 0) -> None:
         os.environ.setdefault("TVM_BIND_THREADS", "0")
         os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
         os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
@@ -41,7 +45,8 @@ class Model:
         cpu, first, pooled = 1, 0, 2
         self._vm["vm_initialization"](cpu, first, pooled)
 
-    def __call__(self, feed):
+    def __call__(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run once."""
         arguments = [self._tensor(aligned(feed[entry["name"]], entry["dtype"])) for entry in self.manifest["inputs"]]
         entry = self.manifest["entry"]
         self._vm["set_input"](entry, *arguments)
@@ -49,14 +54,14 @@ class Model:
         count = self._vm["get_output_arity"](entry)
         values = [self._vm["get_output"](entry, *([] if count < 0 else [index])) for index in range(abs(count))]
         names = [output["name"] for output in self.manifest["outputs"]]
-        return {name: np.from_dlpack(value).copy() for name, value in zip(names, values)}
+        return {name: np.from_dlpack(value).copy() for name, value in zip(names, values, strict=True)}
 
-    def invoke(self):
+    def invoke(self) -> None:
         """Run again on the same inputs."""
         self._vm["invoke_stateful"](self.manifest["entry"])
 
 
-def aligned(array, dtype):
+def aligned(array: np.ndarray, dtype: str) -> np.ndarray:
     """A copy that starts at a multiple of 64 bytes, as compiled code expects."""
     array = np.asarray(array, dtype=dtype)
     raw = np.empty(array.nbytes + 64, dtype=np.uint8)
@@ -66,7 +71,7 @@ def aligned(array, dtype):
     return copy
 
 
-def random_feed(manifest):
+def random_feed(manifest: dict[str, Any]) -> dict[str, np.ndarray]:
     """Inputs that fit the manifest; axes left open are 1."""
     rng = np.random.default_rng(0)
     feed = {}
@@ -77,7 +82,7 @@ def random_feed(manifest):
     return feed
 
 
-def main():
+def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="?")

@@ -51,9 +51,8 @@ def fetch_runtime(machine: str) -> list[Path]:
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         for package, inside in _PATHS.items():
             wheel = next(Path(folder).glob(f"{package.replace('-', '_')}-[0-9]*.whl"))
-            with zipfile.ZipFile(wheel) as archive, archive.open(inside) as source:
-                with (stage / Path(inside).name).open("wb") as destination:
-                    shutil.copyfileobj(source, destination)
+            with zipfile.ZipFile(wheel) as archive:
+                (stage / Path(inside).name).write_bytes(archive.read(inside))
         shutil.rmtree(target, ignore_errors=True)
         stage.rename(target)
     return runtime_libraries(machine)
