@@ -305,6 +305,16 @@ class Rewriter:
             _remove_one(tensor.inputs, node)
         list.clear(node.outputs)
 
+    def detach(self, node: gs.Node, tensor: gs.Tensor) -> None:
+        """Leave a tensor without its producer; the node makes a new, unread tensor in its place."""
+        index = next(i for i, output in enumerate(node.outputs) if output is tensor)
+        unread = gs.Variable(self.model.fresh_name(f"{tensor.name}_unread"))
+        list.__setitem__(node.outputs, index, unread)
+        list.append(unread.inputs, node)
+        list.clear(tensor.inputs)
+        self._keep.append(unread)
+        self.wake(node)
+
     def remove_if_dead(self, node: gs.Node) -> bool:
         """Remove a node of which nothing is read, unless it may act by side effect."""
         if not all(self.is_unused(tensor) for tensor in node.outputs) or not is_removable(node, self.functions):
