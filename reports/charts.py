@@ -47,7 +47,7 @@ def waterfall(passes: Sequence[PassEntry], before: int, after: int) -> Chart:
         title = "Size on disk after each pass"
         described = f"From {units.as_bytes(before)} to {units.as_bytes(after)} over {len(passes)} passes."
         note = f"The first {_MOST_PASSES} passes are drawn; {left_out} more are in the table." if left_out else ""
-        return Chart(title, inline(figure, "size", title, described, tips), note)
+        return Chart(title, inline(figure, "size-chart", title, described, tips), note)
 
 
 def latency_chart(key: str, title: str, series: Sequence[tuple[str, Latency, bool]]) -> Chart:
@@ -82,7 +82,7 @@ def latency_chart(key: str, title: str, series: Sequence[tuple[str, Latency, boo
             )
         if any(len(latency.samples_ms) > _MOST_DOTS for _, latency, _ in series):
             notes.append(f"At most {_MOST_DOTS} runs of each are drawn, evenly by rank; all are in record.json.")
-        return Chart(title, inline(figure, key, title, described), " ".join(notes))
+        return Chart(title, inline(figure, f"{key}-chart", title, described), " ".join(notes))
 
 
 def layer_chart(rows: Sequence[LayerRow], total: int) -> Chart:
@@ -102,7 +102,9 @@ def layer_chart(rows: Sequence[LayerRow], total: int) -> Chart:
         widest = max((max(row.bytes_before or 0, row.bytes_after or 0) for row in rows), default=1)
         _finish_rows(axes, [row.name for row in rows], widest, units.as_bytes)
         note = f"{len(rows)} of {total:,} layers are drawn." if total > len(rows) else ""
-        return Chart(title, inline(figure, "layers", title, "The table below holds the same numbers.", tips), note)
+        return Chart(
+            title, inline(figure, "layers-chart", title, "The table below holds the same numbers.", tips), note
+        )
 
 
 def error_chart(errors: Sequence[LayerError], worst: Sequence[LayerError]) -> Chart:
@@ -145,7 +147,7 @@ def error_chart(errors: Sequence[LayerError], worst: Sequence[LayerError]) -> Ch
         notes = [f"{len(equal)} equal to the original, drawn at the top edge."] if equal else []
         if len(errors) > len(shown):
             notes.append(f"The first {len(shown):,} of {len(errors):,} tensors are drawn.")
-        return Chart(title, inline(figure, "errors", title, described), " ".join(notes))
+        return Chart(title, inline(figure, "errors-chart", title, described), " ".join(notes))
 
 
 def op_chart(rows: Sequence[OpRow], total: int) -> Chart:
@@ -164,13 +166,14 @@ def op_chart(rows: Sequence[OpRow], total: int) -> Chart:
         _finish_rows(axes, [row.op for row in rows], widest, units.count)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         note = f"The {len(rows)} most frequent of {total:,} ops are drawn." if total > len(rows) else ""
-        return Chart(title, inline(figure, "ops", title, "The table below holds the same numbers."), note)
+        return Chart(title, inline(figure, "ops-chart", title, "The table below holds the same numbers."), note)
 
 
 def _step(axes: Axes, row: int, entry: PassEntry, tips: dict[str, str]) -> None:
     left, width = min(entry.size_before, entry.size_after), abs(entry.size_after - entry.size_before)
     gid = f"step{row}"
-    tips[gid] = f"{entry.name}, {entry.status}: {units.signed_bytes(entry.size_after - entry.size_before)}"
+    text = units.signed_bytes(entry.size_after - entry.size_before)
+    tips[gid] = f"{units.shorten(entry.name)}, {entry.status}: {text}"
     if entry.status == "kept":
         color = AFTER if entry.size_after <= entry.size_before else BAD
         axes.barh(row, width, left=left, height=0.62, color=color)[0].set_gid(gid)
@@ -181,8 +184,7 @@ def _step(axes: Axes, row: int, entry: PassEntry, tips: dict[str, str]) -> None:
     axes.plot([settled, settled], [row - 0.31, row + 1.31], color=MUTED, linewidth=1.0, alpha=0.7)
     if row == 1:
         axes.plot([entry.size_before] * 2, [-0.31, 1.31], color=MUTED, linewidth=1.0, alpha=0.7)
-    text = units.signed_bytes(entry.size_after - entry.size_before)
-    _value(axes, left + width, row, text if entry.status == "kept" else f"{entry.status}")
+    _value(axes, left + width, row, text if entry.status == "kept" else entry.status)
 
 
 def _strip(axes: Axes, row: int, latency: Latency, times: list[float], color: str) -> None:
