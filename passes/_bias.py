@@ -30,7 +30,7 @@ def bias_of(node: gs.Node, outputs: int) -> FloatArray | None:
     if node.op == "MatMul" or len(node.inputs) < 3 or node.inputs[2].is_empty():
         return np.zeros(outputs)
     value = constant_value(node.inputs[2])
-    if value is None or (value.ndim > 1 and value.shape[0] != 1):
+    if value is None or node.attrs.get("beta", 1.0) == 0 or (value.ndim > 1 and value.shape[0] != 1):
         return None
     beta = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
     return beta * np.broadcast_to(np.asarray(value, np.float64).reshape(-1), (outputs,))
@@ -48,7 +48,7 @@ def add_to_bias(model: Model, graph: gs.Graph, node: gs.Node, delta: FloatArray)
         return _add_behind(model, graph, node, delta, dtype)
     present = bias_of(node, len(delta))
     beta = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
-    if present is None or beta == 0.0:
+    if present is None:
         return False
     hint = node.inputs[2].name if len(node.inputs) > 2 and not node.inputs[2].is_empty() else f"{node.name}.bias"
     bias = gs.Constant(model.fresh_name(hint), ((present + delta) / beta).astype(dtype))

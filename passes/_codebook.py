@@ -61,7 +61,7 @@ def kmeans(values: FloatArray, count: int, weights: FloatArray | None = None) ->
     many centres, Panter and Dite 1951) and keeps the better. A tensor of ``count`` or fewer different values is exact.
     """
     values = values.reshape(-1)
-    mass = np.ones_like(values) if weights is None else weights.reshape(-1)
+    mass: FloatArray = np.ones_like(values) if weights is None else weights.reshape(-1)
     low, high = float(values.min()), float(values.max())
     points: FloatArray
     few = np.unique(values[: 4 * BINS])

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +22,46 @@ if TYPE_CHECKING:
     from onnxslim.data import Dataset
     from onnxslim.model import Model
 
-__all__ = ["by_input", "moments_between", "output_errors", "refitted"]
+__all__ = ["Split", "by_input", "moments_between", "output_errors", "refitted"]
 
+Array = NDArray[Any]
 FloatArray = NDArray[np.float64]
 
 MOMENTS_BYTES = 1 << 30  # held at a time for the layers of one group
 BATCH = 32
+SAMPLES = 512  # more hardly change the fit (400 and 1,000 images gave the same) and each layer runs over all of them
+FOLD = 5
+
+
+@dataclass(frozen=True)
+class Split:
+    """Calibration data in two parts: four fifths of the batches to fit on, one fifth to judge the fit by.
+
+    With fewer than ten samples both parts are all of them.
+    """
+
+    feeds: Dataset
+
+    @property
+    def samples(self) -> int:
+        """Samples to fit on."""
+        seen = min(self.feeds.samples, SAMPLES)
+        return max(1, seen - seen // FOLD) if seen >= 2 * FOLD else max(seen, 1)
+
+    def fitting(self) -> Iterator[dict[str, NDArray[Any]]]:
+        """Batches to fit on."""
+        return self._batches(judge=False)
+
+    def judging(self) -> Iterator[dict[str, NDArray[Any]]]:
+        """Batches to judge by."""
+        return self._batches(judge=True)
+
+    def _batches(self, *, judge: bool) -> Iterator[dict[str, NDArray[Any]]]:
+        used = self.feeds.take(SAMPLES)
+        size = max(1, min(BATCH, used.samples // (2 * FOLD)))
+        for index, feed in enumerate(used.batches(size)):
+            if used.samples < 2 * FOLD or (index % FOLD == FOLD - 1) == judge:
+                yield feed
 
 
 def by_input(layers: Sequence[LinearLayer]) -> Iterator[list[LinearLayer]]:
@@ -49,7 +84,7 @@ def by_input(layers: Sequence[LinearLayer]) -> Iterator[list[LinearLayer]]:
 
 
 def moments_between(
-    working: Model, teacher: Model, layers: Sequence[LinearLayer], feeds: Dataset, seed: int
+    working: Model, teacher: Model, layers: Sequence[LinearLayer], data: Split, seed: int
 ) -> list[Moments]:
     """Moments of each layer's input in ``working`` against the teacher's tensor of the layer's output name.
 
@@ -63,14 +98,27 @@ def moments_between(
     found = [Moments.empty(layer.shape[0], layer.shape[2], layer.shape[1]) for layer in layers]
     student = Session(working, outputs=sorted({layer.data.name for layer in layers}))
     judge = Session(teacher, outputs=sorted({layer.output.name for layer in layers}))
-    wanted = [math.ceil(10 * layer.shape[2] / max(feeds.samples, 1)) for layer in layers]
+    wanted = [math.ceil(10 * layer.shape[2] / data.samples) for layer in layers]
+    pending: list[list[tuple[Array, Array]]] = [[] for _ in layers]
     rng = np.random.default_rng(seed)
-    for feed in feeds.batches(BATCH):
+
+    def flush(index: int) -> None:
+        if pending[index]:
+            x, y = (np.concatenate(part, axis=1) for part in zip(*pending[index], strict=True))
+            found[index].add(x, y)
+            pending[index] = []
+
+    for feed in data.fitting():
         seen, asked = student.run(feed), judge.run(feed)
-        for layer, moments, rows in zip(layers, found, wanted, strict=True):
+        for index, layer in enumerate(layers):
             y = asked[layer.output.name]
-            drawn = layer.draw(y.shape, rng, min(max(rows, ROWS_PER_SAMPLE), 1024))
-            moments.add(layer.input_rows(seen[layer.data.name], drawn), layer.output_rows(y, drawn))
+            drawn = layer.draw(y.shape, rng, min(max(wanted[index], ROWS_PER_SAMPLE), 1024))
+            pending[index].append((layer.input_rows(seen[layer.data.name], drawn), layer.output_rows(y, drawn)))
+            # One large product costs far less than many small ones, of which each adds a whole matrix in float64.
+            if sum(x.shape[1] for x, _ in pending[index]) >= layer.shape[2]:
+                flush(index)
+    for index in range(len(layers)):
+        flush(index)
     return found
 
 
@@ -93,14 +141,14 @@ def refitted(matrices: FloatArray, moments: Moments, ridge: float = 1e-2) -> Flo
     return solved.transpose(0, 2, 1) if np.isfinite(solved).all() else None
 
 
-def output_errors(teacher: Model, models: Sequence[Model], feeds: Dataset) -> list[float]:
+def output_errors(teacher: Model, models: Sequence[Model], data: Split) -> list[float]:
     """Squared error of the outputs relative to the teacher's energy, mean over outputs, for each of ``models``."""
     from onnxslim.runtime import Session
 
     judge, sessions = Session(teacher), [Session(model) for model in models]
     power: dict[str, float] = {}
     errors: list[dict[str, float]] = [{} for _ in models]
-    for feed in feeds.batches(BATCH):
+    for feed in data.judging():
         wanted = {n: v for n, v in judge.run(feed).items() if isinstance(v, np.ndarray) and v.dtype.kind in "fiub"}
         for name, value in wanted.items():
             power[name] = power.get(name, 0.0) + float((value.astype(np.float64) ** 2).sum())

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -15,11 +14,12 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from onnxslim.graph.walk import drop_value_info, hoist_constants, subgraphs
+from onnxslim.graph.walk import drop_value_info, hoist_constants
 from onnxslim.passes._bias import add_to_bias, bias_of
 from onnxslim.passes._codebook import Coded, assign_with_feedback, fit, nearest
+from onnxslim.passes._identical import main_graphs, share_identical
 from onnxslim.passes._packed import CodebookWriter
-from onnxslim.passes._refit import by_input, moments_between, output_errors, refitted
+from onnxslim.passes._refit import Split, by_input, moments_between, output_errors, refitted
 from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
 from onnxslim.passes.base import Context, Outcome, Pass
 
@@ -42,7 +42,6 @@ WEIGHTS: dict[str, dict[int, int]] = {
     "GRU": {1: 1, 2: 1},
     "RNN": {1: 1, 2: 1},
 }
-CROSS_GRAPH_BYTES = 1024  # smaller tensors stay in their body: some rewrites of runtimes look for them there
 
 
 class ShareWeights(Pass):
@@ -97,7 +96,7 @@ class ShareWeights(Pass):
         """Share identical initializers, then encode the large ones."""
         outcome = Outcome()
         hoist_constants(model)
-        saved = _share_identical(model, outcome)
+        saved = share_identical(model, outcome)
         outcome.numbers["bytes saved by identical tensors"] = float(saved)
         if self.bits:
             self._encode_weights(model, context, outcome)
@@ -158,7 +157,7 @@ class ShareWeights(Pass):
         """Every initializer to encode, once, in order of first use; the others with reasons."""
         exported = {id(tensor) for graph in model.graphs() for tensor in graph.outputs}
         seen: set[int] = set()
-        for graph in _main_graphs(model):
+        for graph in main_graphs(model):
             for node in graph.nodes:
                 for index, axis in WEIGHTS.get(node.op, {}).items() if node.domain in (None, "", "ai.onnx") else ():
                     weight = node.inputs[index] if index < len(node.inputs) else None
@@ -227,10 +226,10 @@ class ShareWeights(Pass):
         # A layer is fitted on what its predecessors now give; its own weight is dense until its turn.
         for layer in layers:
             layer.weight.values = original[id(layer.weight)].values
-        feeds = context.calibration
+        data = Split(context.calibration)
         done = 0
         for group in by_input(layers):
-            found = moments_between(working, teacher, group, feeds, context.seed)
+            found = moments_between(working, teacher, group, data, context.seed)
             for layer, moments in zip(group, found, strict=True):
                 weight = original[id(layer.weight)]
                 key = id(weight)
@@ -242,8 +241,7 @@ class ShareWeights(Pass):
                 assert present is not None
                 now = np.einsum("gok,gk->go", layer.matrices(), moments.mean).reshape(-1) + present
                 delta = moments.mean_y.reshape(-1) - now
-                spread = float((moments.sum_yy / max(moments.count, 1) - moments.mean_y**2).sum())
-                if moments.count and np.isfinite(delta).all() and float((delta**2).sum()) > 1e-7 * spread:
+                if moments.count and np.isfinite(delta).all():
                     add_to_bias(working, working.graph, layer.node, delta)
                     plan.shifts.append((key, twins[id(layer.node)], delta))
                 done += 1
@@ -251,7 +249,7 @@ class ShareWeights(Pass):
         if not layers:
             outcome.refuse("recovery", model.graph.name, "no encoded weight belongs to a layer of the main graph")
             return plan
-        before, after = output_errors(teacher, [bare, working], feeds)
+        before, after = output_errors(teacher, [bare, working], data)
         outcome.numbers |= {"output error without recovery": before, "output error with recovery": after}
         if not after < before:
             outcome.refuse(
@@ -327,105 +325,9 @@ def _unscaled(layer: LinearLayer, matrices: FloatArray) -> FloatArray:
 def _twins(model: Model, copied: Model, targets: dict[int, _Target]) -> dict[int, gs.Constant]:
     """The constants of a fresh copy that stand for the targets, by id of the target."""
     found = {}
-    for graph, other in zip(_main_graphs(model), _main_graphs(copied), strict=True):
+    for graph, other in zip(main_graphs(model), main_graphs(copied), strict=True):
         for node, twin in zip(graph.nodes, other.nodes, strict=True):
             for tensor, match in zip(node.inputs, twin.inputs, strict=True):
                 if id(tensor) in targets:
                     found[id(tensor)] = match
     return found
-
-
-# ------------------------------------------------------------------------------------------------- identical tensors
-
-
-def _main_graphs(model: Model) -> Iterator[gs.Graph]:
-    """The main graph and all bodies nested in it, outer before inner; no functions."""
-    stack = [model.graph]
-    while stack:
-        graph = stack.pop()
-        yield graph
-        stack.extend(reversed([body for node in graph.nodes for body in subgraphs(node)]))
-
-
-def _share_identical(model: Model, outcome: Outcome) -> int:
-    """Store initializers that are equal bit for bit once; return the bytes saved.
-
-    One that an enclosing graph has is used from there. Large ones that sibling bodies hold move to the main graph.
-    Overridable initializers are graph inputs and not looked at; outputs of graphs stay as they are.
-    """
-    exported = {id(tensor) for graph in model.graphs() for tensor in graph.outputs}
-    owner: dict[int, gs.Graph] = {}
-    parents: dict[int, gs.Graph] = {}
-    found: dict[tuple[str, tuple[int, ...]], list[gs.Constant]] = {}
-    holders: dict[str, set[int]] = {}
-    for graph in _main_graphs(model):
-        parents |= {id(body): graph for node in graph.nodes for body in subgraphs(node)}
-        for tensor in (*graph.__dict__.get("initializers", ()), *(t for node in graph.nodes for t in node.inputs)):
-            holders.setdefault(tensor.name, set()).add(id(tensor))
-            if not isinstance(tensor, gs.Constant) or id(tensor) in owner:
-                continue
-            owner[id(tensor)] = graph
-            source = tensor._values
-            if (
-                id(tensor) in exported
-                or tensor.dtype == object
-                or getattr(source, "sparse", False)
-                or not tensor.outputs
-            ):
-                continue
-            found.setdefault((np.dtype(tensor.dtype).name, tuple(tensor.shape)), []).append(tensor)
-        for node in graph.nodes:
-            for tensor in node.outputs:
-                holders.setdefault(tensor.name, set()).add(id(tensor))
-
-    def encloses(outer: gs.Graph, inner: gs.Graph) -> bool:
-        while inner is not outer:
-            if id(inner) not in parents:
-                return False
-            inner = parents[id(inner)]
-        return True
-
-    saved = 0
-    for alike in found.values():
-        same: dict[bytes, list[gs.Constant]] = {}
-        for tensor in alike if len(alike) > 1 else ():
-            digest = hashlib.sha256(np.ascontiguousarray(tensor.values).tobytes()).digest()
-            same.setdefault(digest, []).append(tensor)
-        for group in same.values():
-            saved += _merge(model, outcome, group, owner, holders, encloses)
-    return saved
-
-
-def _merge(
-    model: Model,
-    outcome: Outcome,
-    group: list[gs.Constant],
-    owner: dict[int, gs.Graph],
-    holders: dict[str, set[int]],
-    encloses: Callable[[gs.Graph, gs.Graph], bool],
-) -> int:
-    """Merge equal constants, those of outer graphs first; return the bytes saved."""
-    nbytes = group[0].values.nbytes
-    large = nbytes >= CROSS_GRAPH_BYTES
-    if large and len(group) > 1 and not any(all(encloses(owner[id(k)], owner[id(t)]) for t in group) for k in group):
-        moved = gs.Constant(model.fresh_name(group[0].name), group[0].values)
-        model.graph.__dict__.setdefault("initializers", []).append(moved)
-        owner[id(moved)] = model.graph
-        group = [moved, *group]
-    kept: list[gs.Constant] = []
-    saved = 0
-    for tensor in group:
-        home = owner[id(tensor)]
-        for other in kept:
-            here = owner[id(other)] is home
-            if here or (large and encloses(owner[id(other)], home) and len(holders.get(other.name, ())) <= 1):
-                for user in list(tensor.outputs):
-                    for position, used in enumerate(user.inputs):
-                        if used is tensor:
-                            user.inputs[position] = other
-                outcome.change("identical", tensor.name, f"the same {nbytes:,} bytes as {other.name}: stored once")
-                saved += nbytes
-                break
-        else:
-            kept.append(tensor)
-    return saved
