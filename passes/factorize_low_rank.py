@@ -37,8 +37,8 @@ GROUP_BYTES = 1 << 30
 class FactorizeLowRank(Pass):
     """Split Conv, Gemm and MatMul layers into two of low rank, under one budget for the whole model.
 
-    A Gemm or MatMul of ``O x K`` becomes ``r x K`` and ``O x r``; a ``k x k`` convolution one with ``r`` outputs and then
-    a 1 x 1 convolution. The factors that lose least are found in the metric of the layer's own inputs (calibration
+    A Gemm or MatMul of ``O x K`` becomes ``r x K`` and ``O x r``; a ``k x k`` convolution one with ``r`` outputs and
+    then a 1 x 1 convolution. The factors that lose least are found in the metric of the layer's own inputs (calibration
     data), so that the error is exactly the discarded share of its output's variance; ranks are shared out over all
     layers by one Lagrange multiplier so that the summed relative error is least for the cost that remains. A layer
     whose factors would not be smaller and quicker stays whole.
