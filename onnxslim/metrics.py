@@ -380,9 +380,9 @@ def _interval_of_mean(values: np.ndarray) -> Interval | None:
 def _bootstrap_feeds(
     function: ScoreFunction, name: str, outputs: list[Outputs], dataset: Dataset, value: float, seconds: float
 ) -> Interval | None:
-    """Resample whole feeds with their labels, as often as ten seconds allow, up to 500 times."""
+    """Resample whole feeds with their labels, as often as five seconds allow, up to 500 times."""
     feeds = len(outputs)
-    resamples = min(500, int(10 / max(seconds, 1e-9)))
+    resamples = min(500, int(5 / max(seconds, 1e-9)))
     if feeds < 10 or resamples < 100:
         why = f"{feeds} feeds are too few to resample" if feeds < 10 else f"{name} takes {seconds:.1f} s a call"
         logger.info("no confidence interval: %s", why)

@@ -318,7 +318,8 @@ def _reason(error: Exception) -> str:
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", text)
     # Names of files and functions of ONNX Runtime's sources mean nothing to a user.
     text = re.sub(r"/\S*onnxruntime\S*\.(cc|h):\d+ .*?\)( const)?( \[with [^]]*\])? ", "", text)
-    running = re.search(r"returned while running (\S+) node\. Name:'([^']*)' Status Message: (.*)", text)
+    # The innermost node is named last where it lies in the body of another.
+    running = re.search(r".*returned while running (\S+) node\. Name:'([^']*)' Status Message: (.*)", text)
     if running:
         op, node, why = running.groups()
         return f"{op} node {node!r} fails in ONNX Runtime: {why.rstrip('.')}."
