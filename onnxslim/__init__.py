@@ -1,8 +1,29 @@
 """onnxslim: make trained ONNX models smaller and faster, on any hardware, and show what it cost."""
 
+__version__ = "0.1.0"
+
 from onnxslim.errors import DataError, ModelError, OutputError, RecipeError, SlimError, TargetError
 from onnxslim.model import Model, load
+from onnxslim.optimize import Run, optimize
+from onnxslim.recipe import Goals, Recipe, read_recipe
+from onnxslim.slim import slim
+from onnxslim.targets import Bundle, compile
 
-__all__ = ["DataError", "Model", "ModelError", "OutputError", "RecipeError", "SlimError", "TargetError", "load"]
-
-__version__ = "0.1.0"
+__all__ = [
+    "Bundle",
+    "DataError",
+    "Goals",
+    "Model",
+    "ModelError",
+    "OutputError",
+    "Recipe",
+    "RecipeError",
+    "Run",
+    "SlimError",
+    "TargetError",
+    "compile",
+    "load",
+    "optimize",
+    "read_recipe",
+    "slim",
+]

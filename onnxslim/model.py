@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
@@ -31,7 +30,7 @@ from onnxslim.proto import (
     tensor_nbytes,
 )
 
-__all__ = ["Model", "external_files", "file_sha256", "load", "size_on_disk"]
+__all__ = ["Model", "atomic_write", "external_files", "file_sha256", "load", "size_on_disk"]
 
 # protobuf refuses to serialise or parse a message of 2 GiB or more; the rest of the file must fit as well.
 _SINGLE_FILE_LIMIT = 2**31 - 2**24
@@ -101,9 +100,7 @@ class Model:
         proto.CopyFrom(self.header)
         proto.graph.CopyFrom(export_graph(self.graph, ir_version=self.ir_version, opset=self.opset, write=write))
         for function in self.graph.functions:
-            proto.functions.append(
-                export_function(function, ir_version=self.ir_version, opset=self.opset, write=write)
-            )
+            proto.functions.append(export_function(function, ir_version=self.ir_version, opset=self.opset, write=write))
         return proto
 
     def to_proto(self) -> onnx.ModelProto:
@@ -160,14 +157,16 @@ class Model:
         path = Path(path)
         data_path = path.with_name(path.name + ".data")
         total = sum(tensor_nbytes(constant) for graph in self.graphs() for constant in _every_constant(graph))
-        with _atomic(path) as temporary:
+        with atomic_write(path) as temporary:
             if total < _SINGLE_FILE_LIMIT:
                 temporary.write_bytes(self.to_proto().SerializeToString())
                 return
             read_from = {source.external.path.resolve() for source in self._sources() if source.external}
             if data_path.resolve() in read_from:
-                raise OutputError(f"{data_path}: holds the weights of the model being saved; choose another output name.")
-            with _atomic(data_path) as temporary_data, temporary_data.open("wb") as file:
+                raise OutputError(
+                    f"{data_path}: holds the weights of the model being saved; choose another output name."
+                )
+            with atomic_write(data_path) as temporary_data, temporary_data.open("wb") as file:
                 proto = self._export(_external_writer(file, data_path.name))
                 temporary.write_bytes(proto.SerializeToString())
 
@@ -228,7 +227,7 @@ def _external_writer(file: Any, location: str) -> TensorWriter:
 
 
 @contextlib.contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary file beside ``path`` that takes its place when the block ends well, and is removed if not."""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -285,9 +284,7 @@ def _parse(content: bytes, name: str) -> onnx.ModelProto:
     return proto
 
 
-def _from_proto(
-    proto: onnx.ModelProto, path: Path | None, external: Callable[[TensorProto], TensorSource]
-) -> Model:
+def _from_proto(proto: onnx.ModelProto, path: Path | None, external: Callable[[TensorProto], TensorSource]) -> Model:
     header = onnx.ModelProto()
     for field, value in proto.ListFields():
         if field.name in ("graph", "functions"):
@@ -316,7 +313,9 @@ def _from_proto(
 
 def _no_external(name: str) -> Callable[[TensorProto], TensorSource]:
     def find(tensor: TensorProto) -> TensorSource:
-        raise ModelError(f"{name}: tensor {tensor.name!r} lies in an external file; pass the path of the model instead.")
+        raise ModelError(
+            f"{name}: tensor {tensor.name!r} lies in an external file; pass the path of the model instead."
+        )
 
     return find
 

@@ -46,7 +46,9 @@ __all__ = [
 
 _GRAPH_FIELDS = frozenset({"node", "input", "output", "initializer", "sparse_initializer", "value_info", "name"})
 _NODE_FIELDS = frozenset({"input", "output", "attribute", "op_type", "name", "domain"})
-_FUNCTION_FIELDS = frozenset({"node", "input", "output", "name", "domain", "attribute", "attribute_proto", "value_info"})
+_FUNCTION_FIELDS = frozenset(
+    {"node", "input", "output", "name", "domain", "attribute", "attribute_proto", "value_info"}
+)
 
 TensorWriter = Callable[[gs.Constant], TensorProto]
 """Turns a constant into the TensorProto to write: with its bytes, as a placeholder, or pointing at a data file."""
@@ -84,9 +86,7 @@ class TensorSource(LazyValues):  # type: ignore[misc]
         external: where the bytes are, when they are not in the proto.
     """
 
-    def __init__(
-        self, tensor: TensorProto | onnx.SparseTensorProto, external: ExternalFile | None = None
-    ) -> None:
+    def __init__(self, tensor: TensorProto | onnx.SparseTensorProto, external: ExternalFile | None = None) -> None:
         self.tensor = tensor
         self.external = external
         self.shape = tuple(tensor.dims)
@@ -96,7 +96,9 @@ class TensorSource(LazyValues):  # type: ignore[misc]
             self.dtype = helper.tensor_dtype_to_np_dtype(data_type)
         except KeyError:
             name = tensor.values.name if self.sparse else tensor.name
-            raise ModelError(f"tensor {name!r}: unknown data type {data_type}; the file is corrupt or too new.") from None
+            raise ModelError(
+                f"tensor {name!r}: unknown data type {data_type}; the file is corrupt or too new."
+            ) from None
         self._loaded: weakref.ref[np.ndarray] | None = None
 
     @property
@@ -126,7 +128,9 @@ class TensorSource(LazyValues):  # type: ignore[misc]
                 return np.zeros(self.shape, self.dtype)
             count = int(np.prod(self.shape, dtype=np.int64))
             dtype = self.dtype.newbyteorder("<") if self.dtype.kind in "iufc" else self.dtype
-            mapped = np.memmap(self.external.path, mode="r", offset=self.external.offset, dtype=np.uint8, shape=(self.external.length,))
+            mapped = np.memmap(
+                self.external.path, mode="r", offset=self.external.offset, dtype=np.uint8, shape=(self.external.length,)
+            )
             return np.frombuffer(mapped, dtype=dtype, count=count).reshape(self.shape)
         try:
             return np.asarray(onnx.numpy_helper.to_array(self.inline())).reshape(self.shape).view()
@@ -527,7 +531,9 @@ class _Exporter:
             if info.name not in done:
                 done.add(info.name)
                 proto.value_info.append(info)
-        names = done | {n for node in proto.node for n in (*node.input, *node.output)} | {t.name for t in proto.initializer}
+        names = (
+            done | {n for node in proto.node for n in (*node.input, *node.output)} | {t.name for t in proto.initializer}
+        )
         kept = [note for note in proto.quantization_annotation if note.tensor_name in names]
         if len(kept) < len(proto.quantization_annotation):
             del proto.quantization_annotation[:]
@@ -657,7 +663,9 @@ def _constants(graph: gs.Graph, visible: frozenset[int]) -> list[gs.Constant]:
     return found
 
 
-def export_graph(graph: gs.Graph, *, ir_version: int, opset: int, write: TensorWriter = inline_tensor) -> onnx.GraphProto:
+def export_graph(
+    graph: gs.Graph, *, ir_version: int, opset: int, write: TensorWriter = inline_tensor
+) -> onnx.GraphProto:
     """Export a main graph, subgraphs included; ``write`` says how the weights are written."""
     return _Exporter(ir_version, opset, write).graph(graph, frozenset())
 

@@ -20,7 +20,11 @@ agraph (float[n, 4] x, bool c) => (float[n, 4] y)
     deader = Neg (dead)
     passed = Abs (x)
     y = If (c) <
-        then_branch = then () => (float[n, 4] t) { k = Constant <value_float = 2.0> () t = Mul (outer, k) unused = Neg (outer) },
+        then_branch = then () => (float[n, 4] t) {
+            k = Constant <value_float = 2.0> ()
+            t = Mul (outer, k)
+            unused = Neg (outer)
+        },
         else_branch = other () => (float[n, 4] e) { e = Identity (passed) }
     >
 }
@@ -87,7 +91,9 @@ def test_dead_nodes_go_and_what_a_body_uses_stays():
 
 
 def test_what_only_a_dead_body_used_goes_too():
-    text = CONTROL_FLOW.replace("=> (float[n, 4] y)", "=> (float[n, 4] z)", 1).replace("y = If", "z = Neg (x)\n    y = If")
+    text = CONTROL_FLOW.replace("=> (float[n, 4] y)", "=> (float[n, 4] z)", 1).replace(
+        "y = If", "z = Neg (x)\n    y = If"
+    )
     model = load(parser.parse_model(text))
     remove_dead_nodes(model)
     assert [node.op for node in model.graph.nodes] == ["Neg"]
@@ -151,4 +157,9 @@ def test_declared_shapes_can_be_forgotten():
     drop_value_info(model)
     proto = model.to_proto()
     assert not proto.graph.value_info
-    assert [dim.dim_param or dim.dim_value for dim in proto.graph.output[0].type.tensor_type.shape.dim] == ["n", 8, "h", 32]
+    assert [dim.dim_param or dim.dim_value for dim in proto.graph.output[0].type.tensor_type.shape.dim] == [
+        "n",
+        8,
+        "h",
+        32,
+    ]

@@ -97,7 +97,10 @@ def _rich_model():
         [add, odd, text],
         "rich",
         [x, helper.make_tensor_value_info("w", TensorProto.FLOAT, [4])],
-        [helper.make_tensor_value_info("odd", TensorProto.FLOAT, None), helper.make_tensor_value_info("text", TensorProto.STRING, [1])],
+        [
+            helper.make_tensor_value_info("odd", TensorProto.FLOAT, None),
+            helper.make_tensor_value_info("text", TensorProto.STRING, [1]),
+        ],
         [_weight("w", 4), _weight("unused", 2)],
         doc_string="a graph",
         value_info=[info],
@@ -107,7 +110,9 @@ def _rich_model():
     note.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="w")
     graph.metadata_props.add(key="graph", value="meta")
     body = [helper.make_node("Mul", ["a", "a"], ["b"])]
-    function = helper.make_function("local", "Square", ["a"], ["b"], body, [helper.make_opsetid("", 18)], doc_string="f")
+    function = helper.make_function(
+        "local", "Square", ["a"], ["b"], body, [helper.make_opsetid("", 18)], doc_string="f"
+    )
     function.metadata_props.add(key="function", value="meta")
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("custom.domain", 3), helper.make_opsetid("local", 1)]
     model = helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10, producer_name="p")
@@ -187,7 +192,9 @@ def test_external_data_is_read_where_it_lies(tmp_path):
     path, proto = _big_model(tmp_path)
     onnx.load_external_data_for_model(proto, str(tmp_path))
     model = load(path)
-    np.testing.assert_array_equal(model.graph.nodes[0].inputs[1].values, numpy_helper.to_array(proto.graph.initializer[0]))
+    np.testing.assert_array_equal(
+        model.graph.nodes[0].inputs[1].values, numpy_helper.to_array(proto.graph.initializer[0])
+    )
     assert external_files(path) == [(tmp_path / "weights.bin").resolve()]
     assert size_on_disk(path) == path.stat().st_size + (tmp_path / "weights.bin").stat().st_size
     before = file_sha256(path)
@@ -202,7 +209,12 @@ def test_large_model_is_saved_with_its_weights_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(onnxslim.model, "_SINGLE_FILE_LIMIT", 1000)
     model = load(path)
     model.save(tmp_path / "out.onnx")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "out.onnx", "out.onnx.data", "weights.bin"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "model.onnx",
+        "out.onnx",
+        "out.onnx.data",
+        "weights.bin",
+    ]
     assert load(tmp_path / "out.onnx").to_proto() == model.to_proto()
     assert [path.read_bytes(), (tmp_path / "weights.bin").read_bytes()] == source
 

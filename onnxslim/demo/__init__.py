@@ -3,9 +3,12 @@
 See README.md beside this file for where the data comes from, its licence and the accuracy measured.
 """
 
+import shutil
 from pathlib import Path
 
-__all__ = ["CALIBRATION", "EVALUATION", "MODEL"]
+from onnxslim.errors import OutputError
+
+__all__ = ["CALIBRATION", "EVALUATION", "MODEL", "RECIPE", "copy_inputs"]
 
 _FOLDER = Path(__file__).resolve().parent
 
@@ -17,3 +20,21 @@ CALIBRATION: Path = _FOLDER / "calibration.npz"
 
 EVALUATION: Path = _FOLDER / "evaluation.npz"
 """1,000 test images, 100 of each class: `image` uint8 [1000, 1, 28, 28] and `labels` int64 [1000]."""
+
+RECIPE: Path = _FOLDER / "recipe.toml"
+"""What ``onnxslim demo`` runs."""
+
+
+def copy_inputs(folder: Path) -> Path:
+    """Copy the model, the data and the recipe into a folder, to run and to play with; return the recipe there.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in (MODEL, CALIBRATION, EVALUATION, RECIPE):
+            shutil.copyfile(source, folder / source.name)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}).") from None
+    return folder / RECIPE.name

@@ -1,0 +1,103 @@
+"""Fair timing of models and bundles beside each other: interleaved, one process, medians and ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel
+
+from onnxslim.data import open_dataset, random_feeds
+from onnxslim.errors import DataError
+from onnxslim.measure import shapes_of
+from onnxslim.record import Latency
+from onnxslim.runtime import Feed, Session, TensorSpec, interleaved_latency
+from onnxslim.targets import Bundle
+
+__all__ = ["BenchEntry", "bench", "is_bundle"]
+
+
+class BenchEntry(BaseModel):
+    """One subject of a benchmark."""
+
+    path: str
+    latency: Latency
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a path is a compiled bundle rather than a model file."""
+    return (path / "manifest.json").is_file()
+
+
+def bench(
+    paths: list[Path],
+    *,
+    data: Path | None = None,
+    shapes: dict[str, list[int]] | None = None,
+    threads: int = 1,
+    max_seconds: float = 20.0,
+) -> list[BenchEntry]:
+    """Time model files (in ONNX Runtime) and bundles (in TVM), interleaved; ratios are to the first.
+
+    Args:
+        paths: ``.onnx`` files and bundle folders, with the same inputs.
+        data: the first sample of this data is timed; without it, made-up inputs.
+        shapes: sizes for dynamic inputs of the made-up ones.
+        threads: threads for each.
+        max_seconds: stop after about this long.
+
+    Raises:
+        SlimError: a subject cannot be loaded, or does not take the same inputs as the first.
+    """
+    runners: dict[str, Callable[[], object]] = {}
+    sessions: dict[Path, Session | Bundle] = {
+        path: Bundle.load(path, threads=threads) if is_bundle(path) else Session(path, threads=threads)
+        for path in paths
+    }
+    feed = _feed(paths[0], sessions, data, shapes or {})
+    for path, subject in sessions.items():
+        if isinstance(subject, Bundle):
+            runners[str(path)] = subject.prepare(feed)
+        else:
+            runners[str(path)] = lambda subject=subject: subject.run(feed)
+            subject.run(feed)  # a feed that does not fit must fail here, with the file's name
+    timings = interleaved_latency(runners, max_seconds=max_seconds)
+    first = timings[str(paths[0])]
+    return [
+        BenchEntry(
+            path=str(path),
+            latency=timings[str(path)].latency(
+                runtime="tvm" if isinstance(subject, Bundle) else "onnxruntime",
+                threads=threads,
+                input_shapes=shapes_of(feed),
+                baseline=first,
+                baseline_name=str(paths[0]),
+            ),
+        )
+        for path, subject in sessions.items()
+    ]
+
+
+def _feed(first: Path, sessions: dict[Path, Session | Bundle], data: Path | None, shapes: dict[str, list[int]]) -> Feed:
+    """A feed that every subject takes: bundles are the narrowest, so their fixed sizes decide."""
+    specs = _specs(sessions[first])
+    fixed = dict(shapes)
+    for subject in sessions.values():
+        if isinstance(subject, Bundle):
+            for spec in _specs(subject):
+                sizes = [size for size in spec.shape or [] if isinstance(size, int)]
+                if len(sizes) == len(spec.shape or []):
+                    fixed.setdefault(spec.name, sizes)
+    if data is not None:
+        return next(iter(open_dataset(data, specs, role="bench")))
+    feed = next(iter(random_feeds(specs, fixed=fixed, seed=0, count=1)), None)
+    if feed is None:
+        raise DataError(f"{first}: no inputs can be made up for it; give --data.")
+    return feed
+
+
+def _specs(subject: Session | Bundle) -> list[TensorSpec]:
+    if isinstance(subject, Session):
+        return list(subject.inputs.values())
+    return [TensorSpec(entry.name, np.dtype(entry.dtype), list(entry.shape)) for entry in subject.manifest.inputs]

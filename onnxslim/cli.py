@@ -1,0 +1,329 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, TypeAdapter
+from rich.console import Console
+
+import onnxslim
+from onnxslim import console as show
+from onnxslim.errors import RecipeError, SlimError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Make trained ONNX models smaller and faster: simplify, prune, quantize, compile with TVM, measure, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="an ONNX model")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors")]
+Shapes = Annotated[
+    list[str] | None, typer.Option("--shape", metavar="NAME=1,3,224,224", help="sizes for a dynamic input; repeatable")
+]
+Threads = Annotated[int, typer.Option(min=0, help="threads for measuring; 0: one for each core")]
+
+
+def _emit(value: BaseModel | list[Any], *, as_json: bool, quiet: bool, printer: Any) -> None:
+    """Print a result once: as JSON, as tables, or not at all."""
+    if as_json:
+        sys.stdout.write(TypeAdapter(type(value)).dump_json(value, indent=1).decode() + "\n")
+    elif not quiet:
+        printer(Console(), value)
+
+
+def _shapes(values: list[str] | None) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for value in values or []:
+        name, separator, sizes = value.rpartition("=")
+        try:
+            shapes[name] = [int(size) for size in sizes.split(",") if size.strip()]
+        except ValueError:
+            separator = ""
+        if not separator:
+            raise RecipeError(f"--shape {value}: write it as NAME=1,3,224,224.")
+    return shapes
+
+
+def _pass_table(text: str) -> dict[str, Any]:
+    """Read ``prune-channels:ratio=0.3,multiple_of=16``; values are JSON where they parse as such."""
+    name, _, options = text.partition(":")
+    table: dict[str, Any] = {"name": name}
+    for part in filter(None, options.split(",")):
+        key, separator, value = part.partition("=")
+        if not separator:
+            raise RecipeError(f"--pass {text}: write options as NAME:option=value,option=value.")
+        try:
+            table[key] = json.loads(value)
+        except json.JSONDecodeError:
+            table[key] = value
+    return table
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(onnxslim.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Make trained ONNX models smaller and faster."""
+
+
+@app.command()
+def slim(
+    model: ModelFile,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="where to write the result")],
+    check: Annotated[bool, typer.Option(help="compare the outputs before and after in ONNX Runtime")] = True,
+    shape: Shapes = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Simplify a model without changing what it computes."""
+    from onnxslim.measure import snapshot
+    from onnxslim.slim import check_output_file, simplify_model
+
+    loaded = onnxslim.load(model)
+    check_output_file(loaded, output)
+    with show.progress_bar(Console(stderr=True), shown=not (quiet or as_json)) as progress:
+        run = simplify_model(loaded, model_check=check, input_shapes=_shapes(shape), progress=progress)
+        run.model.save(output)
+    before, after = snapshot(model, None, loaded), snapshot(output, None, run.model)
+    _emit(
+        [before, after], as_json=as_json, quiet=quiet, printer=lambda out, _: show.print_slim(out, before, after, run)
+    )
+
+
+@app.command()
+def optimize(
+    source: Annotated[Path, typer.Argument(metavar="MODEL_OR_RECIPE", help="an ONNX model, or a recipe (.toml)")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="where everything is written")
+    ] = Path("out"),
+    data: Annotated[Path | None, typer.Option(help="calibration data, no labels needed")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option("--eval", help="evaluation data, with labels if there are any")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="a metric, or module:function")] = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pass", metavar="NAME[:OPTION=VALUE,…]", help="a pass, in order; repeatable; see `onnxslim passes`"
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="compile for this; repeatable; see `onnxslim targets`")
+    ] = None,
+    max_accuracy_drop: Annotated[float | None, typer.Option(help="goal: largest loss against the original")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="goal: smallest score of the result")] = None,
+    max_size: Annotated[str | None, typer.Option(help="goal: largest file, such as '2 MB'")] = None,
+    min_compression: Annotated[float | None, typer.Option(help="goal: size before over after, at least")] = None,
+    max_latency: Annotated[
+        str | None, typer.Option(help="goal: slowest median in ONNX Runtime, such as '5 ms'")
+    ] = None,
+    shape: Shapes = None,
+    threads: Annotated[int | None, typer.Option(min=0, help="threads for measuring; 0: one for each core")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="seeds whatever is random")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Apply passes step by step, guard each, compile, measure, judge against the goals, report."""
+    from onnxslim.recipe import make_recipe, read_recipe
+
+    goals = {
+        "max_accuracy_drop": max_accuracy_drop,
+        "min_accuracy": min_accuracy,
+        "max_size": max_size,
+        "min_compression": min_compression,
+        "max_latency": max_latency,
+    }
+    flags: dict[str, Any] = {
+        "data": {"calibration": data and str(data), "evaluation": evaluation and str(evaluation), "metric": metric},
+        "goals": goals,
+        "pass": [_pass_table(text) for text in passes or []],
+        "target": [{"name": name} for name in target or []],
+        "shapes": _shapes(shape),
+        "threads": threads,
+        "seed": seed,
+    }
+    is_recipe = source.suffix.lower() == ".toml"
+    tables = read_recipe(source).tables() if is_recipe else {"model": str(source)}
+    recipe = make_recipe(_merge(tables, flags), str(source) if is_recipe else "the options")
+    _run(recipe.model, recipe, output, as_json=as_json, quiet=quiet)
+
+
+def _merge(tables: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Put flags that were given over what a recipe says."""
+    merged = dict(tables)
+    for key, value in flags.items():
+        if isinstance(value, dict):
+            given = {name: item for name, item in value.items() if item is not None}
+            if given:
+                merged[key] = {**merged.get(key, {}), **given}
+        elif value is not None and value != []:
+            merged[key] = value
+    return merged
+
+
+def _run(model: str, recipe: Any, output: Path, *, as_json: bool, quiet: bool) -> None:
+    from onnxslim.goals import EXIT_CODES
+
+    command = shlex.join(["onnxslim", "optimize", "recipe.lock.toml"])
+    with show.progress_bar(Console(stderr=True), shown=not (quiet or as_json)) as progress:
+        run = onnxslim.optimize(model, recipe, output=output, command=command, progress=progress)
+    _emit(run.record, as_json=as_json, quiet=quiet, printer=show.print_record)
+    if not (as_json or quiet):
+        typer.echo(f"Report: {run.report}")
+    raise typer.Exit(EXIT_CODES[run.record.verdict])
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="where everything is written")
+    ] = Path("demo-out"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the main job on the bundled trained model and data, which it copies to FOLDER/input."""
+    from onnxslim.demo import copy_inputs
+    from onnxslim.recipe import read_recipe
+
+    recipe = read_recipe(copy_inputs(output / "input"))
+    _run(recipe.model, recipe, output, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def compile(
+    model: ModelFile,
+    target: Annotated[str, typer.Option(help="what to compile for; see `onnxslim targets`")] = "native",
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="the bundle")] = Path("bundle"),
+    shape: Shapes = None,
+    threads: Threads = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compile a model for a target with TVM, verify it and bundle it."""
+    from onnxslim.deploy import deploy_file
+    from onnxslim.goals import EXIT_CODES
+
+    with show.progress_bar(Console(stderr=True), shown=not (quiet or as_json)) as progress:
+        entry = deploy_file(model, target, shapes=_shapes(shape), output=output, threads=threads, progress=progress)
+    _emit(entry, as_json=as_json, quiet=quiet, printer=lambda out, found: show.print_targets_of(out, [found]))
+    raise typer.Exit(EXIT_CODES["not met"] if entry.status == "failed" else 0)
+
+
+@app.command()
+def bench(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="MODEL_OR_BUNDLE…", help="models and bundles; the first is the baseline")
+    ],
+    data: Annotated[Path | None, typer.Option(help="time the first sample of this data")] = None,
+    shape: Shapes = None,
+    threads: Annotated[int, typer.Option(min=1, help="threads for each")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.1, help="stop after about this long")] = 20.0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time models and bundles beside each other, interleaved: medians and ratios."""
+    from onnxslim.bench import bench as run_bench
+
+    entries = run_bench(paths, data=data, shapes=_shapes(shape), threads=threads, max_seconds=seconds)
+    _emit(entries, as_json=as_json, quiet=quiet, printer=show.print_bench)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="the reference")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="what is compared with it")],
+    data: Annotated[Path | None, typer.Option(help="inputs to compare on; made up without")] = None,
+    shape: Shapes = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show where and how far two models differ: outputs, layer by layer, and what they are made of."""
+    from onnxslim.compare import compare as run_compare
+
+    found = run_compare(a, b, data=data, shapes=_shapes(shape))
+    _emit(found, as_json=as_json, quiet=quiet, printer=show.print_comparison)
+
+
+@app.command()
+def inspect(
+    model: ModelFile,
+    data: Annotated[Path | None, typer.Option(help="calibration data, to try the passes that need some")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="targets to look at; repeatable")] = None,
+    shape: Shapes = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what is in a model, and what each pass and target could do with it."""
+    from onnxslim.inspection import inspect_model
+
+    found = inspect_model(model, data=data, shapes=_shapes(shape), targets=target)
+    _emit(found, as_json=as_json, quiet=quiet, printer=show.print_inspection)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="the output of optimize")]) -> None:
+    """Render the HTML report again from the record."""
+    from onnxslim.record import Record
+    from onnxslim.reports import write
+
+    path = folder / "report.html"
+    write(Record.read(folder / "record.json"), path)
+    typer.echo(f"Report: {path}")
+
+
+@app.command()
+def passes(as_json: Json = False) -> None:
+    """List every pass with its options."""
+    from onnxslim.passes import PASSES
+
+    if as_json:
+        typer.echo(json.dumps({name: kind.model_json_schema() for name, kind in PASSES.items()}, indent=1))
+    else:
+        show.print_passes(Console())
+
+
+@app.command()
+def targets(as_json: Json = False) -> None:
+    """List every target."""
+    from onnxslim.targets import TARGETS
+
+    if as_json:
+        typer.echo(json.dumps({name: item.model_dump(mode="json") for name, item in TARGETS.items()}, indent=1))
+    else:
+        show.print_targets(Console())
+
+
+def main() -> None:
+    """Run the command line: exit code 0 done, 1 goals not met, 2 bad input."""
+    arguments = sys.argv[1:]
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands and len(arguments) >= 2:
+        arguments = ["slim", *arguments]  # `onnxslim model.onnx slim.onnx`
+    try:
+        app(args=arguments)
+    except SlimError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command resumes")
+        sys.exit(130)
