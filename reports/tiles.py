@@ -116,9 +116,8 @@ def _accuracy(before: Score | None, after: Score | None) -> Tile:
     if after is None:
         was = f"{units.score(before)} before" if before else ""
         return Tile("Accuracy", "", was)
-    # The name of an agreement says so itself, more often than not.
-    kind = "" if after.labelled or "agreement" in after.metric.casefold() else ", agreement with the original"
-    label = f"Accuracy: {after.metric}{kind}"
+    # Agreement with the original is no accuracy: nobody said that the original is right.
+    label = f"Accuracy: {after.metric}" if after.labelled else f"Against the original: {after.metric}"
     samples = f"n = {after.samples:,}"
     sure = ", ".join(filter(None, (units.interval(after.interval, after.metric), samples)))
     if not after.interval:
@@ -159,7 +158,8 @@ def _latency(before: Latency | None, after: Latency | None) -> Tile:
 
 def _target(target: TargetEntry) -> Tile:
     if target.latency is None:
-        return Tile(f"Latency on {target.name}", "", note=target.status)
+        where = f" on {target.where}" if target.where else ""
+        return Tile(f"Latency on {target.name}", "", note=f"{target.status}{where}")
     label = f"Latency on {target.name}: {runtime_name(target.latency)}"
     return _timed(label, target.latency, target.reference_latency, "in ONNX Runtime")
 

@@ -143,9 +143,11 @@ def ratio(number: float | None) -> str:
 def is_fraction(metric: str) -> bool:
     """Whether a metric is known to be a share of samples, which reads best in percent.
 
-    Other metrics (a cosine, an error, one of the user's own) are shown as the numbers that they are.
+    Other metrics (a cosine, an error, a function of the user's own) are shown as the numbers that they are.
     """
-    name = metric.casefold().replace("-", "").replace("_", "").replace(" ", "")
+    name = metric.partition("@")[0].casefold().replace("-", "").replace("_", "").replace(" ", "")
+    if ":" in name:
+        return False
     return (name.startswith("top") and name[3:4].isdigit()) or any(word in name for word in _FRACTION_WORDS)
 
 
@@ -170,7 +172,7 @@ def points(before: Score | None, after: Score | None) -> str:
         text = f"{abs(change):.2f}"
         sign = "±" if change == 0 else "+" if change > 0 else _MINUS
         return f"{sign}{'0' if change == 0 else text}{_SPACE}points"
-    return "±0" if change == 0 else ("+" if change > 0 else "") + value(change)
+    return ("±" if change == 0 else "+" if change > 0 else "") + value(change) + _decibels(after.metric)
 
 
 def interval(bounds: Interval | None, metric: str) -> str:
@@ -206,7 +208,13 @@ def shorten(text: object, length: int = 120, tail: bool = False) -> str:
 def _score_number(number: float, metric: str) -> str:
     if not math.isfinite(number):
         return NOTHING
-    return _minus(f"{number * 100:.2f}") + f"{_SPACE}%" if is_fraction(metric) else value(number, 4)
+    if is_fraction(metric):
+        return _minus(f"{number * 100:.2f}") + f"{_SPACE}%"
+    return value(number, 4) + _decibels(metric)
+
+
+def _decibels(metric: str) -> str:
+    return f"{_SPACE}dB" if metric.partition("@")[0] == "sqnr" else ""
 
 
 def _scaled(number: float | None, units: tuple[str, ...]) -> str:

@@ -123,12 +123,13 @@ def test_a_metric_of_the_user_is_not_taken_for_a_percentage() -> None:
 
 def test_agreement_is_never_shown_as_accuracy_on_labels() -> None:
     record = records.no_labels()
-    assert "Accuracy: top-1 agreement 94.20 %" in tile(page(record), "Accuracy")
-    cosine = Score(metric="cosine", value=0.998, samples=64, labelled=False)
-    shown = tile(
-        page(record.model_copy(update={"after": record.after.model_copy(update={"score": cosine})})), "Accuracy"
-    )
-    assert shown.startswith("Accuracy: cosine, agreement with the original 0.9980")
+    root = page(record)
+    assert "top-1 agreement 94.20 %" in tile(root, "Against the original")
+    assert not [item for item in root.all("li", class_="tile") if item.text().startswith("Accuracy")]
+    sqnr = Score(metric="sqnr", value=31.25, samples=64, labelled=False)
+    after = record.after.model_copy(update={"score": sqnr})
+    shown = tile(page(record.model_copy(update={"after": after})), "Against the original")
+    assert shown.startswith("Against the original: sqnr 31.25 dB")
     assert "nothing to compare with" in shown
 
 

@@ -93,7 +93,8 @@ def test_value(number: float, expected: str) -> None:
         ("Top_1 agreement", True),
         ("balanced accuracy", True),
         ("cosine", False),
-        ("my_module:score", False),
+        ("my_module:accuracy", False),
+        ("top1@logits", True),
         ("topology", False),
     ],
 )
