@@ -16,7 +16,7 @@ from onnx import ModelProto
 from onnxslim.errors import TargetError
 from onnxslim.model import Model, file_sha256
 from onnxslim.targets import bundle as bundles
-from onnxslim.targets._tvm import PINS, resolve_target, tvm_target
+from onnxslim.targets._tvm import PINS, resolve_target
 from onnxslim.targets.bundle import LIBRARY, MANIFEST, Bundle, Manifest, TensorEntry
 from onnxslim.targets.catalogue import Target, find_target
 from onnxslim.targets.coverage import scan
@@ -90,7 +90,7 @@ def _build(
     ]
     with bundles.new_folder(output) as stage:
         try:
-            build_library(lower(module, tvm_target(target)), stage / LIBRARY, target.link)
+            build_library(lower(module, target), stage / LIBRARY, target.link)
         except TargetError as error:
             raise TargetError(f"{error}{_open_axes(prepared)}") from None
         seconds = time.perf_counter() - start

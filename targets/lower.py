@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from onnxslim.errors import TargetError
-from onnxslim.targets._tvm import load_tvm
+from onnxslim.targets._tvm import load_tvm, tvm_target
+from onnxslim.targets.catalogue import Target
 from onnxslim.targets.link import link_library
 from onnxslim.targets.prepare import Prepared, opset_of
 from onnxslim.targets.schedule import schedule_kernels
@@ -83,20 +84,25 @@ def _size(size: Any) -> int | str:
         return str(size)
 
 
-def lower(module: Any, target: Any) -> Any:
-    """Compile Relax to an executable for ``target`` (a TVM target).
+def lower(module: Any, target: Target) -> Any:
+    """Compile Relax to an executable.
 
     Raises:
         TargetError: TVM fails; one sentence.
     """
     tvm = load_tvm()
-    try:
-        with _quiet_warnings(), tvm.transform.PassContext(opt_level=3):
-            return tvm.compile(module, target, relax_pipeline=_pipeline(target))
-    except TargetError:
-        raise
-    except Exception as error:
-        raise TargetError(f"TVM cannot compile the model: {_sentence(error)}") from None
+    made = tvm_target(target)
+    # Vector registers: 16 up to AVX2, 32 with AVX-512 and on 64-bit Arm.
+    registers = 32 if target.machine == "aarch64" or target.vector_bits == 512 else 16
+    failure = ""
+    for schedule in (schedule_kernels(target.vector_bits, registers), None):
+        try:
+            with _quiet_warnings(), tvm.transform.PassContext(opt_level=3):
+                return tvm.compile(module, made, relax_pipeline=_pipeline(made, schedule))
+        except Exception as error:
+            # Our loops are legal, but a later step of TVM may still trip over them; its own loops come next.
+            failure = _sentence(error)
+    raise TargetError(f"TVM cannot compile the model: {failure}")
 
 
 def build_library(executable: Any, output: Path, triple: str) -> None:
@@ -113,7 +119,7 @@ def build_library(executable: Any, output: Path, triple: str) -> None:
     executable.export_library(str(output), fcompile=link)
 
 
-def _pipeline(target: Any) -> Any:
+def _pipeline(target: Any, schedule: Any | None) -> Any:
     """What turns operators into loops and calls; spelled out, because TVM's "default" fuses nothing on a CPU."""
     tvm = load_tvm()
     from tvm import relax
@@ -129,13 +135,16 @@ def _pipeline(target: Any) -> Any:
             step.ConvertToDataflow(),
             step.CanonicalizeBindings(),
             step.EliminateCommonSubexpr(),
+            step.FoldBatchnormToConv2D(),
+            step.DecomposeOpsForInference(),
+            step.FoldConstant(),
             step.LegalizeOps(),
             step.AnnotateTIROpPattern(),
             step.FoldConstant(),
             step.FuseOps(),
             step.FuseTIR(),
             step.DeadCodeElimination(),
-            schedule_kernels(target),
+            *([schedule] if schedule is not None else []),
             step.RewriteDataflowReshape(),
             step.ToNonDataflow(),
             step.RemovePurityChecking(),
