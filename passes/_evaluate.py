@@ -6,6 +6,7 @@ refuses the set, its nodes are tried one by one, small ones with the ONNX refere
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -181,7 +182,7 @@ def _outline(name: str, dtype: np.dtype, shape: Sequence[int]) -> TensorProto:
 
 def stored_bytes(dtype: np.dtype, shape: Sequence[int]) -> int:
     """Bytes of a tensor in a file; types of 4 bits are packed in pairs, strings are counted as 16 bytes."""
-    count = int(np.prod(shape, dtype=np.float64))  # a product of sizes in a file need not fit an integer
+    count = math.prod(int(size) for size in shape)
     if dtype.kind == "O":
         return 16 * count
     bits = 4 if "int4" in dtype.name or "float4" in dtype.name else 8 * dtype.itemsize

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 from pydantic import ByteSize, Field
 
@@ -76,19 +77,30 @@ class FoldConstants(Pass):
 
     def run(self, model: Model, context: Context) -> Outcome:
         """Rewrite ``model`` in place; see :class:`onnxslim.passes.base.Pass`."""
-        return _Folding(model, int(self.max_growth)).run()
+        outcome = Outcome(numbers={"nodes folded": 0})
+        while True:
+            # Constants let shape inference see further, and dimensions that it finds are constants again.
+            before = len(outcome.changes)
+            outcome.refusals.clear()
+            _Folding(model, int(self.max_growth), outcome).run()
+            if len(outcome.changes) == before:
+                return outcome
 
 
 class _Folding:
-    def __init__(self, model: Model, max_growth: int) -> None:
+    """One sweep over a model."""
+
+    def __init__(self, model: Model, max_growth: int, outcome: Outcome) -> None:
         self.g = Rewriter(model)
         self.max_growth = max_growth
-        self.outcome = Outcome()
+        self.outcome = outcome
         self.values: dict[int, np.ndarray] = {}
         self.sizes: dict[int, int] = {}
         self.refused: dict[int, tuple[gs.Node, str, str]] = {}
 
-    def run(self) -> Outcome:
+    def run(self) -> None:
+        """Fold what can be folded with the shapes that are known now."""
+        self.fix_casts()
         dimensions = Dimensions(self.g)
         self.fix_reshape_targets(dimensions)
         known = self.take_dimensions(dimensions)
@@ -105,9 +117,19 @@ class _Folding:
                 self.outcome.change("dead-node", name, f"removed {op}, which nothing reads any more")
         self.g.finish()
         self.report()
-        return self.outcome
 
     # -------------------------------------------------------------------------------------------------- what is known
+
+    def fix_casts(self) -> None:
+        """Make CastLike Cast: it reads the type of its second input only, which need not be constant."""
+        for node in list(self.g.nodes()):
+            if node.op != "CastLike" or not is_standard(node) or not has_plain_attributes(node):
+                continue
+            wanted = self.g.dtype(node.inputs[1])
+            if wanted is not None:
+                attrs = {**node.attrs, "to": int(onnx.helper.np_dtype_to_tensor_dtype(wanted))}
+                self.g.rewrite(node, "Cast", attrs, [node.inputs[0]])
+                self.outcome.change("cast-like", label(node), f"CastLike made Cast to {wanted}")
 
     def fix_reshape_targets(self, dimensions: Dimensions) -> None:
         """Make the target of a Reshape constant where it is known but for one element, or copies dimensions."""
@@ -302,10 +324,9 @@ class _Folding:
         found = work.run(wanted)
         for failure in work.failures:
             self.refuse(failure.node, "evaluation", f"it cannot be evaluated: {failure.why}")
-        for node in work.nodes:
-            missing = [tensor for tensor in wanted if id(tensor) not in found and tensor.inputs[0] is node]
-            if missing and id(node) not in self.refused:
-                self.refuse(node, "evaluation", "it cannot be evaluated")
+        for tensor in wanted:
+            if id(tensor) not in found:
+                self.refuse(tensor.inputs[0], "evaluation", "it cannot be evaluated")
         self.values |= found
 
     # ---------------------------------------------------------------------------------------------------------- edits
@@ -352,7 +373,7 @@ class _Folding:
         for node in reversed(nodes):
             if self.g.is_alive(node):
                 self.g.remove_if_dead(node)
-        self.outcome.numbers["nodes folded"] = sum(not self.g.is_alive(node) for node in nodes)
+        self.outcome.numbers["nodes folded"] += sum(not self.g.is_alive(node) for node in nodes)
 
     def make_node(self, scope: Scope, tensor: gs.Tensor) -> None:
         """Let a Constant node make a tensor: functions hold no initializers, some runtimes refuse one as an output."""

@@ -40,23 +40,34 @@ class Simplify(Pass):
         hoisted = _hoist(model)
         if hoisted:
             outcome.change("hoist-constants", "all graphs", f"made {hoisted} Constant nodes initializers")
-        rewriter = Rewriter(model)
-        rules: tuple[Rule, ...] = (*NOOP_RULES, *CHAIN_RULES, *BATCHNORM_RULES, merge_nodes())
-        merged = merge_initializers(rewriter, outcome)
         while True:
-            outcome.refusals.clear()
-            apply_rules(rewriter, rules, outcome)
-            if not merge_initializers(rewriter, outcome):
+            # Fewer nodes let shape inference see further, which can prove another one superfluous.
+            changes = len(outcome.changes)
+            _sweep(model, outcome)
+            if len(outcome.changes) == changes:
                 break
-        rewriter.finish()
         _drop_unused_initializers(model, outcome)
         _drop_unused_functions(model, outcome)
         _drop_unused_imports(model, outcome)
         after = sum(len(graph.nodes) for graph in model.graphs())
+        merged = sum(change.rule == "merge-initializers" for change in outcome.changes)
         outcome.numbers = {"nodes removed": before - after, "initializers merged": merged}
         if not outcome.modified and not outcome.refusals:
             outcome.refuse("simplify", "the model", "no rule matches any node; nothing is dead or there twice")
         return outcome
+
+
+def _sweep(model: Model, outcome: Outcome) -> None:
+    """Apply all rules with the shapes that are known now."""
+    rewriter = Rewriter(model)
+    rules: tuple[Rule, ...] = (*NOOP_RULES, *CHAIN_RULES, *BATCHNORM_RULES, merge_nodes())
+    merge_initializers(rewriter, outcome)
+    while True:
+        outcome.refusals.clear()
+        apply_rules(rewriter, rules, outcome)
+        if not merge_initializers(rewriter, outcome):
+            break
+    rewriter.finish()
 
 
 def _hoist(model: Model) -> int:
