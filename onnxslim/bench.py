@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from onnxslim.data import open_dataset, random_feeds
 from onnxslim.errors import DataError
 from onnxslim.measure import shapes_of
+from onnxslim.model import load
 from onnxslim.record import Latency
 from onnxslim.runtime import Feed, Session, TensorSpec, interleaved_latency
 from onnxslim.targets import Bundle
@@ -51,10 +52,7 @@ def bench(
         SlimError: a subject cannot be loaded, or does not take the same inputs as the first.
     """
     runners: dict[str, Callable[[], object]] = {}
-    sessions: dict[Path, Session | Bundle] = {
-        path: Bundle.load(path, threads=threads) if is_bundle(path) else Session(path, threads=threads)
-        for path in paths
-    }
+    sessions = {path: _open(path, threads) for path in paths}
     feed = _feed(paths[0], sessions, data, shapes or {})
     for path, subject in sessions.items():
         if isinstance(subject, Bundle):

@@ -58,7 +58,7 @@ def human_bytes(size: int | None) -> str:
 @contextlib.contextmanager
 def progress_bar(console: Console, *, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
     """Yield a ``progress(what, done, total)`` that draws one bar on a terminal, and nothing elsewhere."""
-    if not shown:
+    if not (shown and console.is_terminal):
         yield lambda what, done, total: None
         return
     columns = (

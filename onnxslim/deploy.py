@@ -10,6 +10,7 @@ import numpy as np
 from onnxslim.data import random_feeds
 from onnxslim.errors import ModelError, TargetError
 from onnxslim.measure import shapes_of
+from onnxslim.model import load
 from onnxslim.record import Latency, TargetEntry
 from onnxslim.runtime import Feed, Session, interleaved_latency
 from onnxslim.targets import Bundle, Target, compile, find_target, runs_here, unsupported_ops, verify
@@ -99,6 +100,7 @@ def deploy_file(
         OutputError: ``output`` cannot be written.
     """
     target = find_target(target_name)
+    load(model_path)  # says what is wrong with a file better than ONNX Runtime does
     session = Session(model_path)
     feeds = []
     for feed in random_feeds(list(session.inputs.values()), fixed=shapes, seed=0, count=_MADE_UP_FEEDS):

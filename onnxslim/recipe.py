@@ -155,7 +155,8 @@ def make_recipe(tables: dict[str, Any], origin: str) -> Recipe:
     try:
         return Recipe.model_validate(tables)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key also leaves the right one missing; the misspelling is what to show.
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         loc = [str(part) for part in first["loc"]]
         where = ".".join(loc)
         if first["type"] == "extra_forbidden":
