@@ -36,7 +36,7 @@ from google.protobuf.message import DecodeError
 from onnxslim.errors import DataError
 from onnxslim.runtime import Feed, TensorSpec
 
-__all__ = ["DataSource", "Dataset", "open_dataset", "random_feeds", "resized_feeds"]
+__all__ = ["SIZES", "DataSource", "Dataset", "open_dataset", "random_feeds", "resized_feeds"]
 
 DataSource: TypeAlias = "str | Path | Mapping[str, np.ndarray] | Iterable[Mapping[str, np.ndarray]] | Dataset"
 
@@ -667,7 +667,7 @@ def _finite(value: np.ndarray) -> bool:
 # ---------------------------------------------------------------------------------------------------- made-up feeds
 
 _BATCHES = (1, 2, 3, 1, 5)
-_SIZES = (64, 32, 16, 96, 7, 128, 1, 224, 48, 320, 3, 256, 512, 288, 576, 10)
+SIZES = (64, 32, 16, 96, 7, 128, 1, 224, 48, 320, 3, 256, 512, 288, 576, 10)
 _MAX_ELEMENTS = 2**22
 _KINDS = ("normal", "edge", "normal", "zeros", "normal", "large")
 # Integers may be indices, lengths or masks, whose legal range nobody declares: mostly small, sometimes not.
@@ -682,7 +682,7 @@ def random_feeds(
     fixed: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     count: int = 8,
-    sizes: Sequence[int] = _SIZES,
+    sizes: Sequence[int] = SIZES,
     hints: Mapping[str, Sequence[int]] | None = None,
 ) -> Iterator[Feed]:
     """Make up feeds for the required inputs of a model, with several sizes for each dynamic axis.
@@ -721,10 +721,15 @@ def random_feeds(
         yield feed
 
 
-def resized_feeds(feed: Feed, inputs: Sequence[TensorSpec]) -> Iterator[Feed]:
+def resized_feeds(feed: Feed, inputs: Sequence[TensorSpec], sizes: Sequence[int] = ()) -> Iterator[Feed]:
     """Make feeds of other sizes out of one that is known to run: each dynamic axis longer by one, doubled and halved.
 
     Dimensions of one name change together; values repeat where an axis grows.
+
+    Args:
+        feed: an inference that runs.
+        inputs: what the model declares.
+        sizes: further sizes for each axis but the first.
     """
     axes: dict[str, list[tuple[str, int]]] = {}
     for spec in inputs:
@@ -734,7 +739,8 @@ def resized_feeds(feed: Feed, inputs: Sequence[TensorSpec]) -> Iterator[Feed]:
     for places in axes.values():
         name, axis = places[0]
         old = feed[name].shape[axis]
-        for new in dict.fromkeys((old + 1, old * 2, max(old // 2, 1))):
+        more = sizes if axis else ()
+        for new in dict.fromkeys((old + 1, old * 2, max(old // 2, 1), *more)):
             if new == old or any(feed[other].shape[position] != old for other, position in places):
                 continue
             resized = dict(feed)

@@ -26,7 +26,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxslim.data import Dataset, random_feeds, resized_feeds
+from onnxslim.data import SIZES, Dataset, random_feeds, resized_feeds
 from onnxslim.errors import ModelError
 from onnxslim.model import Model
 from onnxslim.record import Check, LayerError
@@ -226,30 +226,34 @@ class _Feeds:
     def __iter__(self) -> Iterator[tuple[Feed, Feed]]:
         """Yield feeds with the original's outputs, until there are enough or a minute has passed."""
         deadline = time.monotonic() + _MAX_SECONDS
-        first: Feed | None = None
+        base: Feed | None = None
         for feed in self._real():
             for pair in self._try(feed):
-                first = first or feed
+                base = base or feed
                 yield pair
-        made_up = 0
+        real, made_up = base is not None, 0
         for feed in self._made_up():
             if made_up >= _WANTED_FEEDS or time.monotonic() > deadline:
                 break
             for pair in self._try(feed):
-                first = first or feed
+                # Small inputs may leave parts of a model without effect, so the largest is where to go on from.
+                if base is None or (not real and _size(feed) > _size(base)):
+                    base = feed
                 made_up += 1
                 yield pair
-                yield from itertools.chain.from_iterable(map(self._try, self._branches(feed)))
-        # What is known to run is the best start for what will run at another size, or through another branch.
-        for feed in () if first is None else (*self._branches(first), *resized_feeds(first, self.session.specs)):
-            if time.monotonic() < deadline:
-                yield from self._try(feed)
+        # Where few sizes run, many are tried: the ones found by chance may be too small to reach all of the model.
+        sizes = SIZES if self.skipped > self.ran else ()
+        for feed in () if base is None else (base, *resized_feeds(base, self.session.specs, sizes)):
+            for variant in (*([] if feed is base else [feed]), *self._branches(feed)):
+                if time.monotonic() < deadline:
+                    yield from self._try(variant)
 
     def _branches(self, feed: Feed) -> Iterator[Feed]:
-        """The feed with each value that a branch may depend on and that has not been run yet."""
-        for name, value in sorted(self._unseen):
-            if name in feed and feed[name].size == 1:
-                yield feed | {name: np.full_like(feed[name], value)}
+        """The feed with each other value that a branch may depend on."""
+        for name, values in self._hints.items():
+            for value in dict.fromkeys(values):
+                if name in feed and feed[name].size == 1 and feed[name].item() != value:
+                    yield feed | {name: np.full_like(feed[name], value)}
 
     def _real(self) -> Iterator[Feed]:
         return iter(()) if self.dataset is None else itertools.islice(self.dataset, _DATA_FEEDS)
@@ -291,6 +295,10 @@ class _Feeds:
         if self._unseen:
             text += f"; never with {', '.join(f'{name} = {value}' for name, value in sorted(self._unseen))}"
         return text
+
+
+def _size(feed: Feed) -> int:
+    return sum(value.size for value in feed.values())
 
 
 def _compared_with(model: Model) -> dict[str, list[int]]:
