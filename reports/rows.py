@@ -161,7 +161,8 @@ def missing_values(record: Record) -> list[str]:
     if not record.layer_errors:
         missing.append("error of each layer")
     missing.extend(f"goal {goal.name}" for goal in record.goals if goal.met is None)
-    return missing
+    explained = "\n".join(record.not_measured).casefold()
+    return [name for name in missing if name.partition(" (")[0].casefold() not in explained]
 
 
 def target_ratio(target: TargetEntry) -> float | None:

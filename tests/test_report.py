@@ -217,6 +217,7 @@ def test_what_was_not_measured_stands_at_the_top_and_in_its_section() -> None:
     assert sentence in root.all("header")[0].text()
     section = root.by_id("unmeasured").text()
     assert sentence in section
+    assert "latency on raspberry-pi-4 (" not in section  # said once, with its reason
     assert "latency on webgpu (unsupported)" in section and "goal raspberry-pi-4: max_latency" in section
     bare = page_of(records.nothing_measured).by_id("unmeasured").text()
     assert "accuracy; latency in ONNX Runtime; peak memory; MACs; error of each layer" in bare
