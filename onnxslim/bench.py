@@ -77,6 +77,13 @@ def bench(
     ]
 
 
+def _open(path: Path, threads: int) -> Session | Bundle:
+    if is_bundle(path):
+        return Bundle.load(path, threads=threads)
+    load(path)  # says what is wrong with a file better than ONNX Runtime does
+    return Session(path, threads=threads)
+
+
 def _feed(first: Path, sessions: dict[Path, Session | Bundle], data: Path | None, shapes: dict[str, list[int]]) -> Feed:
     """A feed that every subject takes: bundles are the narrowest, so their fixed sizes decide."""
     specs = _specs(sessions[first])
