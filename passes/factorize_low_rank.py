@@ -31,6 +31,7 @@ __all__ = ["FactorizeLowRank"]
 FloatArray = NDArray[np.float64]
 
 NODE_BYTES = 256  # a second node, its weight's entry and its names
+SMALL = 1024  # weights: a second node costs more time than such a layer can save
 GROUP_BYTES = 1 << 30
 
 
@@ -181,6 +182,8 @@ class FactorizeLowRank(Pass):
         """The ranks at which factors would save enough; ascending."""
         outputs, inputs = candidate.matrix.shape
         dense = outputs * inputs
+        if dense < SMALL:
+            return []
         itemsize = np.dtype(candidate.weight.dtype).itemsize
         limit = min(
             int((1 - self.min_gain) * dense / (outputs + inputs)),

@@ -223,7 +223,7 @@ def test_every_weight_kind_is_found_and_stays_close():
     weights = {
         "conv": w(16, 3, 3, 3),
         "deconv": w(16, 8, 3, 3),
-        "gemm": w(392, 64) / 10,
+        "gemm": w(392, 64) / 500,
         "left": w(40, 32),
         "rw": w(1, 96, 64),
         "rr": w(1, 96, 24),
