@@ -31,7 +31,9 @@ def judge(
                 wanted=f"at least {goals.min_accuracy:g}",
                 achieved="not measured" if score is None else f"{score.value:.4g}",
                 met=None if score is None else score.value >= goals.min_accuracy,
-                detail="there is no evaluation data" if score is None else score.metric,
+                detail="there is no evaluation data"
+                if score is None
+                else f"{_margin(score.value - goals.min_accuracy, '.4g', short='short')}; {score.metric}",
             )
         )
     if goals.max_size is not None:
@@ -41,7 +43,7 @@ def judge(
                 wanted=f"at most {goals.max_size.human_readable(decimal=True)}",
                 achieved=f"{after.size_bytes:,} bytes",
                 met=after.size_bytes <= goals.max_size,
-                detail="the model file on disk, external data included",
+                detail=f"{_margin(goals.max_size - after.size_bytes, ',d', ' bytes')}; external data included",
             )
         )
     if goals.min_compression is not None:
@@ -52,7 +54,7 @@ def judge(
                 wanted=f"at least {goals.min_compression:g} times smaller",
                 achieved=f"{ratio:.2f} times smaller",
                 met=ratio >= goals.min_compression,
-                detail="model file before over after",
+                detail=f"{_margin(ratio - goals.min_compression, '.2f', short='short')}; model file before over after",
             )
         )
     if goals.max_latency is not None:
@@ -77,8 +79,9 @@ def _accuracy_drop(wanted: float, before: Score | None, after: Score | None) -> 
         # A score is a count over samples: 0.95 - 0.94 must not miss 0.01 by the last bit of a float.
         met=None if lost is None else lost <= wanted + 1e-9,
         detail="there is no data to measure it on"
-        if after is None
-        else f"{after.metric} over {after.samples} samples, {'labelled' if after.labelled else 'against the original'}",
+        if after is None or lost is None
+        else f"{_margin(wanted - lost, '.4g')}; {after.metric} over {after.samples} samples, "
+        + ("labelled" if after.labelled else "against the original"),
     )
 
 
@@ -88,8 +91,16 @@ def _latency(name: str, wanted: float, latency: Latency | None, detail: str) -> 
         wanted=f"at most {wanted:g} ms",
         achieved="not measured" if latency is None else f"{latency.median_ms:.3g} ms",
         met=None if latency is None else latency.median_ms <= wanted,
-        detail=detail if latency is None else f"median, {latency.runtime}, {latency.threads} thread(s)",
+        detail=detail
+        if latency is None
+        else f"{_margin(wanted - latency.median_ms, '.3g', ' ms')}; median, {latency.runtime}, "
+        f"{latency.threads} thread(s)",
     )
+
+
+def _margin(spare: float, form: str, unit: str = "", short: str = "too much") -> str:
+    """How far inside or outside of a goal the result is."""
+    return f"{spare:{form}}{unit} to spare" if spare >= 0 else f"{-spare:{form}}{unit} {short}"
 
 
 def verdict(goals: list[GoalEntry]) -> Verdict:

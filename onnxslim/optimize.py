@@ -506,7 +506,7 @@ class _Job:
     # ------------------------------------------------------------------------------------------------- measuring
 
     def _snapshots(self, original: _Stage, final: _Stage, result: Path) -> tuple[Snapshot, Snapshot]:
-        """Measure the original and the written result, side by side; taken from an earlier run where nothing changed."""
+        """Measure the original and the written result side by side, or take that from an earlier run."""
         key = content_key(pair=[file_sha256(original.path), file_sha256(result)], stage=final.key, threads=self.threads)
         cached = self.cache.get(key, _Pair)
         if cached is not None:
@@ -592,7 +592,11 @@ class _Job:
             missing.append("accuracy: there is no evaluation data")
         elif not after.score.labelled:
             missing.append("accuracy against labels: there are none; the score is agreement with the original model")
-        missing += [f"latency on {entry.name}: {entry.status}" for entry in targets if entry.latency is None]
+        for entry in targets:
+            if entry.latency is None:
+                emulated = entry.status == "verified"
+                why = f"it ran under {entry.where}, whose times say nothing" if emulated else entry.status
+                missing.append(f"latency on {entry.name}: {why}")
         return missing
 
     # --------------------------------------------------------------------------------------------------- writing

@@ -120,7 +120,9 @@ class Recipe(_Options):
 
     def tables(self) -> dict[str, Any]:
         """The recipe as plain tables, as TOML would hold it, without what is unset."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        tables = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        tables["pass"] = [{key: value for key, value in table.items() if value is not None} for table in tables["pass"]]
+        return tables
 
 
 def read_recipe(path: Path) -> Recipe:

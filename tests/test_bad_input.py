@@ -117,7 +117,9 @@ def test_unknown_and_impossible_wishes(command, small, out, arguments, words):
 
 
 def test_lossy_passes_need_data(command, small, out):
-    _refused(command("optimize", small / "model.onnx", "-o", out, "--pass", "quantize-static"), "needs calibration data")
+    _refused(
+        command("optimize", small / "model.onnx", "-o", out, "--pass", "quantize-static"), "needs calibration data"
+    )
     _refused(command("optimize", small / "model.onnx", "-o", out, "--pass", "prune-channels"), "data", "prune-channels")
     _refused(command("optimize", small / "model.onnx", "-o", out, "--max-accuracy-drop", "0.1"), "max_accuracy_drop")
 

@@ -163,3 +163,19 @@ def test_declared_shapes_can_be_forgotten():
         "h",
         32,
     ]
+
+
+def test_weights_count_where_they_are_used_however_they_are_packed():
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[n, 4] x) => (float[n, 8] y)
+    {
+        w = DequantizeLinear (q, scale, zero)
+        y = MatMul (x, w)
+    }
+    """
+    proto = parser.parse_model(text)
+    for name, value in {"q": np.ones((4, 8), np.int8), "scale": np.float32(0.5), "zero": np.int8(0)}.items():
+        proto.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    layers = layer_costs(load(proto))
+    assert [(layer.op, layer.parameters, layer.bytes, layer.macs) for layer in layers] == [("MatMul", 34, 37, 32)]

@@ -52,18 +52,28 @@ def layer_costs(
 ) -> list[LayerSize]:
     """Parameters, bytes and MACs of every node that holds weights or multiplies matrices, in graph order.
 
-    A weight that a QDQ model quantized counts at the node that dequantizes it. A symbolic dimension counts as 1, so
-    the MACs of a model with a dynamic batch are those of one sample; ``fixed`` gives sizes for inputs, and
-    ``observed`` the shapes that tensors of the main graph had in a run, by name, which inference may not know.
+    A weight counts once, at the first node that computes with it, also where it is unpacked on the way there
+    (DequantizeLinear, a codebook). A symbolic dimension counts as 1, so the MACs of a model with a dynamic batch are
+    those of one sample; ``fixed`` gives sizes for inputs, and ``observed`` the shapes that tensors of the main graph
+    had in a run, by name, which inference may not know.
     """
     shapes = infer_shapes(model, fixed)
     if observed:
         shapes.observe(model.graph, observed)
     layers: list[LayerSize] = []
     counted: set[int] = set()
+    carried: dict[int, list[gs.Constant]] = {}
     for graph in model.graphs():
         for node in graph.nodes:
-            constants = [tensor for tensor in _constants(node) if id(tensor) not in counted]
+            constants = _constants(node)
+            for tensor in node.inputs:
+                constants += carried.get(id(tensor), [])
+            inputs = [tensor for tensor in node.inputs if not tensor.is_empty()]
+            if all(isinstance(tensor, gs.Constant) or id(tensor) in carried for tensor in inputs) and node.outputs:
+                # It only unpacks weights (DequantizeLinear, a codebook, Constant): they belong to who uses them.
+                carried[id(node.outputs[0])] = constants
+                continue
+            constants = [tensor for tensor in _unique(constants) if id(tensor) not in counted]
             counted.update(id(tensor) for tensor in constants)
             parameters = sum(math.prod(tensor.shape) for tensor in constants)
             macs = node_macs(node, shapes)
@@ -73,6 +83,10 @@ def layer_costs(
             size = sum(tensor_nbytes(tensor) for tensor in constants)
             layers.append(LayerSize(name=name, op=node.op, parameters=parameters, bytes=size, macs=macs))
     return layers
+
+
+def _unique(constants: list[gs.Constant]) -> list[gs.Constant]:
+    return list({id(tensor): tensor for tensor in constants}.values())
 
 
 def _constants(node: gs.Node) -> list[gs.Constant]:

@@ -1,0 +1,274 @@
+"""The main job: what it writes, what it keeps, what it undoes, how it resumes, what it says."""
+
+import json
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+import onnxslim
+from onnxslim import passes as registry
+from onnxslim import read_recipe
+from onnxslim.goals import EXIT_CODES
+from onnxslim.model import file_sha256
+from onnxslim.passes import Context, Outcome, Pass
+from onnxslim.record import Record
+
+LOSSLESS = ["fold-constants", "simplify"]
+
+
+def _optimize(small, output, **changes):
+    arguments = {
+        "output": output,
+        "passes": [*LOSSLESS, "quantize-static"],
+        "calibration": small / "calib.npz",
+        "evaluation": small / "eval.npz",
+        "goals": {"max_accuracy_drop": 0.2},
+    }
+    return onnxslim.optimize(small / "model.onnx", **(arguments | changes))
+
+
+def _register(monkeypatch, kind):
+    monkeypatch.setitem(registry.PASSES, kind.name, kind)
+
+
+class _Break(Pass):
+    """Change a weight by much and claim that nothing is lost."""
+
+    name: ClassVar[str] = "break"
+    lossless: ClassVar[bool] = True
+
+    def run(self, model, context: Context) -> Outcome:
+        node = next(node for node in model.graph.nodes if node.op == "Gemm")
+        node.inputs[1].values = node.inputs[1].values * -1
+        outcome = Outcome()
+        outcome.change("break", node.name, "turned the classifier upside down")
+        return outcome
+
+
+class _BreakLossily(_Break):
+    name: ClassVar[str] = "break-lossily"
+    lossless: ClassVar[bool] = False
+
+
+class _Crash(Pass):
+    """Fail half-way, after the model was changed."""
+
+    name: ClassVar[str] = "crash"
+    lossless: ClassVar[bool] = True
+
+    def run(self, model, context: Context) -> Outcome:
+        model.graph.nodes.clear()
+        raise ZeroDivisionError("by zero")
+
+
+class _Scale(Pass):
+    """Lose accuracy by strength; half as strong when asked to be weaker."""
+
+    name: ClassVar[str] = "scale"
+    lossless: ClassVar[bool] = False
+    strength: float = 8.0
+
+    def run(self, model, context: Context) -> Outcome:
+        node = next(node for node in model.graph.nodes if node.op == "Gemm")
+        noise = context.rng.standard_normal(node.inputs[1].shape).astype(np.float32)
+        node.inputs[1].values = node.inputs[1].values + self.strength * noise
+        outcome = Outcome(numbers={"strength": self.strength})
+        outcome.change("scale", node.name, "added noise")
+        return outcome
+
+    def weaker(self):
+        return _Scale(strength=self.strength / 1000)
+
+
+def test_a_run_writes_a_smaller_model_that_it_measured(small, tmp_path):
+    before = {path.name: path.read_bytes() for path in small.iterdir()}
+    run = _optimize(small, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in small.iterdir()} == before
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"model.onnx", "report.html", "record.json", "recipe.lock.toml", ".cache"}
+    record = run.record
+    assert record.verdict == "met"
+    assert [entry.status for entry in record.passes] == ["no change", "kept", "kept"]
+    result = tmp_path / "out" / "model.onnx"
+    assert record.after.sha256 == file_sha256(result)
+    assert record.after.size_bytes == result.stat().st_size < record.before.size_bytes
+    assert record.after.ops["QuantizeLinear"] >= 3
+    # The score in the record is that of the file on disk.
+    with np.load(small / "eval.npz") as data:
+        logits = onnxruntime.InferenceSession(result).run(None, {"image": data["image"]})[0]
+        assert record.after.score.value == pytest.approx(np.mean(logits.argmax(1) == data["labels"]))
+    assert record.before.score.value == 1.0
+    assert record.before.score.interval.low < 1.0
+    assert record.after.latency.ratio > 0
+    assert record.after.peak_memory_bytes > 0
+    assert record.before.macs == 8 * 8 * (16 * 27 + 32 * 144) + 32 * 4
+    assert record.layer_errors
+    assert Record.read(tmp_path / "out" / "record.json") == record
+
+
+def test_the_second_run_is_free_and_the_same(small, tmp_path):
+    first = _optimize(small, tmp_path / "out")
+    again = _optimize(small, tmp_path / "out")
+    assert all(entry.cached for entry in again.record.passes)
+    assert again.record.after == first.record.after
+    assert again.record.before == first.record.before
+
+
+def test_an_interrupted_run_resumes(small, tmp_path, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("onnxslim.passes.quantize_static.QuantizeStatic.run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        _optimize(small, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.onnx").exists()
+    assert not list((tmp_path / "out" / ".cache").glob("tmp-*"))
+    monkeypatch.undo()
+    run = _optimize(small, tmp_path / "out")
+    assert [entry.cached for entry in run.record.passes] == [True, True, False]
+
+
+def test_another_seed_or_option_is_another_stage(small, tmp_path):
+    _optimize(small, tmp_path / "out")
+    passes = [*LOSSLESS, {"name": "quantize-static", "calibration": "minmax"}]
+    run = _optimize(small, tmp_path / "out", passes=passes)
+    assert [entry.cached for entry in run.record.passes] == [True, True, False]
+
+
+def test_the_lock_reproduces_the_run(small, tmp_path):
+    first = _optimize(small, tmp_path / "out")
+    recipe = read_recipe(tmp_path / "out" / "recipe.lock.toml")
+    again = onnxslim.optimize(recipe.model, recipe, output=tmp_path / "again")
+    assert again.record.after.sha256 == first.record.after.sha256
+    assert again.record.recipe["pass"] == first.record.recipe["pass"]
+
+
+def test_a_lossless_pass_that_lies_is_undone(small, tmp_path, monkeypatch):
+    _register(monkeypatch, _Break)
+    run = _optimize(small, tmp_path / "out", passes=["break", "simplify"])
+    broken, simplified = run.record.passes
+    assert (broken.status, simplified.status) == ("rolled back", "kept")
+    assert any(not check.ok for check in broken.checks)
+    assert run.record.after.score.value == 1.0
+
+
+def test_a_lossy_pass_out_of_budget_is_undone(small, tmp_path, monkeypatch):
+    _register(monkeypatch, _BreakLossily)
+    run = _optimize(small, tmp_path / "out", passes=["break-lossily"])
+    entry = run.record.passes[0]
+    assert entry.status == "rolled back"
+    assert "budget 0.2" in entry.reason
+    assert entry.score_after.value < 0.5
+    assert run.record.after.sha256 == run.record.before.sha256
+    assert run.record.after.score.value == 1.0
+
+
+def test_a_lossy_pass_is_tried_weaker(small, tmp_path, monkeypatch):
+    _register(monkeypatch, _Scale)
+    run = _optimize(small, tmp_path / "out", passes=["scale"])
+    entry = run.record.passes[0]
+    assert (entry.status, entry.attempts) == ("kept", 2)
+    assert entry.options == {"strength": 0.008}
+
+
+def test_a_pass_that_crashes_is_left_out_and_named(small, tmp_path, monkeypatch):
+    _register(monkeypatch, _Crash)
+    run = _optimize(small, tmp_path / "out", passes=["crash", "simplify"])
+    assert [entry.status for entry in run.record.passes] == ["failed", "kept"]
+    assert "ZeroDivisionError: by zero" in run.record.passes[0].reason
+    assert any("crash" in warning for warning in run.record.warnings)
+    assert run.record.after.score.value == 1.0
+
+
+def test_without_labels_agreement_with_the_original_is_scored(small, tmp_path):
+    run = _optimize(small, tmp_path / "out", evaluation=None)
+    assert run.record.after.score.metric == "agreement"
+    assert not run.record.after.score.labelled
+    assert run.record.before.score.value == 1.0
+    assert any("labels" in line for line in run.record.not_measured)
+
+
+def test_without_data_nothing_is_scored_and_that_is_said(small, tmp_path):
+    run = onnxslim.optimize(small / "model.onnx", output=tmp_path / "out")
+    assert [entry.name for entry in run.record.passes] == LOSSLESS
+    assert run.record.verdict == "no goals"
+    assert run.record.after.score is None
+    assert any(line.startswith("accuracy") for line in run.record.not_measured)
+    assert run.record.after.latency is not None
+
+
+def test_models_in_memory_and_feeds_work_as_files_do(small, tmp_path):
+    with np.load(small / "eval.npz") as data:
+        images, labels = data["image"], data["labels"]
+    run = onnxslim.optimize(
+        onnx.load(small / "model.onnx"),
+        output=tmp_path / "out",
+        passes=["simplify", registry.QuantizeStatic(calibration="minmax")],
+        calibration=[{"image": images[i : i + 1]} for i in range(8)],
+        evaluation=[{"image": images[i : i + 1]} for i in range(48)],
+        labels=labels,
+        metric=lambda outputs, labels: float(
+            np.mean([out[0].argmax() == label for out, label in zip(outputs, labels, strict=True)])
+        ),
+    )
+    assert run.record.before.score.value == 1.0
+    assert [entry.status for entry in run.record.passes] == ["kept", "kept"]
+
+
+def test_a_missed_goal_is_the_verdict_and_the_exit_code(small, tmp_path, command):
+    arguments = ["optimize", small / "model.onnx", "-o", tmp_path / "out", "--max-size", "1 kB", "--pass", "simplify"]
+    code, out, _ = command(*arguments)
+    assert code == EXIT_CODES["not met"] == 1
+    assert "not met" in out
+    record = Record.read(tmp_path / "out" / "record.json")
+    assert record.verdict == "not met"
+    assert [goal.met for goal in record.goals] == [False]
+    code, out, _ = command(*arguments, "--json")
+    assert code == 1
+    assert json.loads(out)["verdict"] == "not met"
+    code, out, err = command(*arguments, "--quiet")
+    assert (code, out, err) == (1, "", "")
+
+
+def test_targets_are_compiled_verified_and_timed(small, tmp_path):
+    run = _optimize(small, tmp_path / "out", targets=[{"name": "native", "max_latency": "10 s"}], shapes=None)
+    entry = run.record.targets[0]
+    assert entry.status == "verified", entry.reason
+    assert entry.where == "this machine"
+    assert entry.latency.median_ms > 0
+    assert entry.latency.ratio == pytest.approx(entry.latency.median_ms / entry.reference_latency.median_ms)
+    assert any("image = [1, 3, 8, 8]" in note for note in entry.notes)
+    assert [goal.met for goal in run.record.goals] == [True, True]
+    bundle = onnxslim.Bundle.load(tmp_path / "out" / entry.bundle)
+    with np.load(small / "eval.npz") as data:
+        image = data["image"][:1]
+    expected = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx").run(None, {"image": image})[0]
+    np.testing.assert_allclose(bundle.run({"image": image})["logits"], expected, atol=0.1 * np.abs(expected).max())
+
+
+def test_a_target_that_lacks_an_op_does_not_cost_the_run(tmp_path):
+    nodes = [
+        onnx.helper.make_node("Celu", ["x"], ["h"], name="odd"),
+        onnx.helper.make_node("DeformConv", ["h", "w", "offset"], ["y"], name="deform"),
+    ]
+    floats = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [onnx.helper.make_tensor_value_info("x", floats, [1, 1, 3, 3])],
+        [onnx.helper.make_tensor_value_info("y", floats, [1, 1, 2, 2])],
+        [
+            onnx.numpy_helper.from_array(np.ones((1, 1, 2, 2), np.float32), "w"),
+            onnx.numpy_helper.from_array(np.zeros((1, 8, 2, 2), np.float32), "offset"),
+        ],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=8)
+    run = onnxslim.optimize(model, output=tmp_path / "out", targets=["native"])
+    entry = run.record.targets[0]
+    assert entry.status == "unsupported"
+    assert entry.unsupported_ops["DeformConv"] == ["deform"]
+    assert entry.latency is None
+    assert not (tmp_path / "out" / "targets" / "native").exists()
