@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from onnxslim.graph.coupling import Group, Member
 from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
 
-__all__ = ["obs_order", "readers", "weight_norms"]
+__all__ = ["obs_removal", "readers", "weight_norms"]
 
 FloatArray = NDArray[np.float64]
+
+_ROUNDS = 128  # wide groups lose several channels at once, so that the search stays linear in their width
 
 
 def weight_norms(group: Group) -> FloatArray:
@@ -53,8 +55,10 @@ def readers(group: Group) -> list[tuple[LinearLayer, NDArray[np.int64]]]:
     return found
 
 
-def obs_order(group: Group, moments: Mapping[int, Moments], damping: float = 1e-2) -> NDArray[np.int64] | None:
-    """Channels in the order in which they are best removed, the least important first; None without statistics.
+def obs_removal(
+    group: Group, count: int, moments: Mapping[int, Moments], damping: float = 1e-2
+) -> NDArray[np.int64] | None:
+    """The ``count`` channels of a group that are best removed; None without statistics of any reader.
 
     Optimal brain surgeon on the input of every layer that reads the group: removing the columns ``c`` of a layer with
     input covariance ``H`` and letting all others make up for it costs ``tr(W_c (inv(H)_cc)^-1 W_c^T)``, relative to
@@ -63,6 +67,7 @@ def obs_order(group: Group, moments: Mapping[int, Moments], damping: float = 1e-
 
     Args:
         group: the channels.
+        count: how many to remove, fewer than there are.
         moments: of the inputs of its readers in the original model, by ``id(node)``.
         damping: added to the diagonal of ``H``, in units of its mean.
     """
@@ -82,8 +87,8 @@ def obs_order(group: Group, moments: Mapping[int, Moments], damping: float = 1e-
     if not states:
         return None
     alive = np.ones(group.channels, bool)
-    order = []
-    for _ in range(group.channels - 1):
+    at_once = -(-count // _ROUNDS)
+    while (missing := count - int((~alive).sum())) > 0:
         left = np.flatnonzero(alive)
         cost = np.zeros(len(left))
         for inverse, weight, columns, scale in states:
@@ -91,13 +96,11 @@ def obs_order(group: Group, moments: Mapping[int, Moments], damping: float = 1e-
             own = inverse[blocks[:, :, None], blocks[:, None, :]]
             mine = weight[:, blocks].transpose(1, 2, 0)  # [channels, each, O]
             cost += np.einsum("cko,cko->c", mine, np.linalg.solve(own, mine)) / scale
-        gone = int(left[int(cost.argmin())])
-        order.append(gone)
+        gone = left[np.argsort(cost, kind="stable")[: min(at_once, missing)]]
         alive[gone] = False
         for inverse, weight, columns, _scale in states:
-            block = columns[gone]
+            block = columns[gone].reshape(-1)
             update = np.linalg.solve(inverse[np.ix_(block, block)], inverse[block])
             weight -= weight[:, block] @ update
             inverse -= inverse[:, block] @ update
-    order.append(int(np.flatnonzero(alive)[0]))
-    return np.array(order)
+    return np.flatnonzero(~alive)

@@ -25,10 +25,12 @@ from onnxslim.model import Model
 from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
 from onnxslim.passes._trunk import Trunk
 
-__all__ = ["Refit", "recover", "solve"]
+__all__ = ["Refit", "recover", "relative_error", "solve"]
 
 FloatArray = NDArray[np.float64]
 Feed = dict[str, np.ndarray]
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # tried where none is given
 
 
 @dataclass
@@ -49,9 +51,39 @@ class Refit:
 
 @dataclass(eq=False)
 class _Task:
+    """One layer to refit, with its moments in two halves of the samples, so that a ridge can be tried on the other."""
+
     layer: LinearLayer
-    kept: NDArray[np.int64] | None
-    moments: Moments | None = None
+    beside: gs.Tensor | None  # what an Add joins to the layer's output, when the layer is to make up for its error too
+    kept: NDArray[np.int64] | None = None
+    halves: tuple[Moments, Moments] | None = None
+    samples: int = 0
+
+    @property
+    def target(self) -> gs.Tensor:
+        """The tensor of the teacher that the layer's output, plus what is beside it, is to match."""
+        return self.layer.output if self.beside is None else self.layer.output.outputs[0].outputs[0]
+
+    @property
+    def reads(self) -> list[str]:
+        """Tensors of the cut model that the fit needs."""
+        return [self.layer.data.name, *([self.beside.name] if self.beside is not None else [])]
+
+    def observe(self, x: Feed, target: np.ndarray, rng: np.random.Generator, per_sample: int) -> None:
+        """Add one batch."""
+        layer = self.layer
+        if self.halves is None:
+            groups, outputs, inputs = layer.shape
+            self.halves = (Moments.empty(groups, inputs, outputs), Moments.empty(groups, inputs, outputs))
+        rows = layer.draw(target.shape, rng, per_sample)
+        inputs_ = layer.input_rows(x[layer.data.name], rows)
+        targets = layer.output_rows(target, rows, self.kept)
+        if self.beside is not None:
+            targets = targets - layer.output_rows(x[self.beside.name], rows)
+        odd = (rows.sample + self.samples) % 2 == 1
+        for half, mine in zip(self.halves, (~odd, odd), strict=True):
+            half.add(inputs_[:, mine], targets[:, mine])
+        self.samples += int(rows.sample.max(initial=-1)) + 1
 
 
 def recover(
@@ -61,7 +93,7 @@ def recover(
     changed: set[int],
     batches: Callable[[], Iterable[Feed]],
     *,
-    ridge: float,
+    ridge: float | None,
     per_sample: int,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -74,7 +106,8 @@ def recover(
         kept: which of the teacher's channels a layer still makes; None for all.
         changed: ids of the nodes whose weights were cut.
         batches: yields the calibration feeds anew at each call.
-        ridge: strength of the pull to the cut weights, in units of the inputs' mean variance.
+        ridge: strength of the pull to the cut weights, in units of the inputs' mean variance; None chooses it for each
+            layer on samples held out.
         per_sample: rows drawn from each sample.
         seed: of the draw.
         progress: called with layers done and layers to do.
@@ -82,59 +115,88 @@ def recover(
     Raises:
         ModelError: a model does not run on the feeds.
     """
-    levels, skipped = _levels(model, changed)
+    levels, refits = _levels(model, changed)
     student, original = Trunk(model, batches), Trunk(teacher, batches)
     done, total = 0, sum(len(level) for level in levels)
-    for number, level in enumerate(levels):
-        tasks = [_Task(layer, kept(layer)) for layer in level]
+    for number, tasks in enumerate(levels):
+        for task in tasks:
+            task.kept = kept(task.layer)
         rng = np.random.default_rng([seed, number])
-        inputs = student.step(sorted({task.layer.data.name for task in tasks}))
-        targets = original.step(sorted({task.layer.output.name for task in tasks}))
+        inputs = student.step(sorted({name for task in tasks for name in task.reads}))
+        targets = original.step(sorted({task.target.name for task in tasks}))
         for x, y in zip(inputs, targets, strict=True):
             for task in tasks:
-                _observe(task, x[task.layer.data.name], y[task.layer.output.name], rng, per_sample)
+                task.observe(x, y[task.target.name], rng, per_sample)
         for task in tasks:
-            skipped.append(_refit(model, task, ridge))
-        done += len(level)
+            refits.append(_refit(model, task, ridge))
+            task.halves = None
+        done += len(tasks)
         progress(done, total)
-    return skipped
+    return refits
 
 
-def _observe(task: _Task, x: np.ndarray, y: np.ndarray, rng: np.random.Generator, per_sample: int) -> None:
-    layer = task.layer
-    if task.moments is None:
-        groups, outputs, inputs = layer.shape
-        task.moments = Moments.empty(groups, inputs, outputs)
-    rows = layer.draw(y.shape, rng, per_sample)
-    task.moments.add(layer.input_rows(x, rows), layer.output_rows(y, rows, task.kept))
-
-
-def _levels(model: Model, changed: set[int]) -> tuple[list[list[LinearLayer]], list[Refit]]:
-    """Layers behind a changed one, those that do not depend on each other together, in order."""
-    depth: dict[int, int] = {}  # by tensor: how many refitted layers are behind it; absent where nothing changed
-    levels: list[list[LinearLayer]] = []
-    skipped: list[Refit] = []
+def _levels(model: Model, changed: set[int]) -> tuple[list[list[_Task]], list[Refit]]:
+    """Layers behind a changed one, those that do not wait for each other together, in order."""
+    nodes = model.graph.nodes
     users: dict[int, int] = {}
-    for node in model.graph.nodes:
-        if len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant):
-            users[id(node.inputs[1])] = users.get(id(node.inputs[1]), 0) + (linear_layer(node) is not None)
-    for node in model.graph.nodes:
-        behind = [depth[id(tensor)] for tensor in node.inputs if id(tensor) in depth]
-        if not behind and id(node) not in changed:
-            continue
-        level = max(behind, default=0)
+    for node in nodes:
+        if linear_layer(node) is not None:
+            users[id(node.inputs[1])] = users.get(id(node.inputs[1]), 0) + 1
+    altered: set[int] = set()  # tensors that are no longer what they were
+    tasks: dict[int, _Task] = {}
+    refits: list[Refit] = []
+    for node in nodes:
         layer = linear_layer(node)
-        if layer is not None and id(layer.data) in depth:
+        if layer is not None and id(layer.data) in altered:
             why = _unfit(layer, users[id(layer.weight)])
             if why is None:
-                while len(levels) <= level:
-                    levels.append([])
-                levels[level].append(layer)
-                level += 1
+                tasks[id(node)] = _Task(layer, None)
             else:
-                skipped.append(Refit(node, why=why))
-        depth.update((id(tensor), level) for tensor in node.outputs)
-    return levels, skipped
+                refits.append(Refit(node, why=why))
+        if id(node) in changed or any(id(tensor) in altered for tensor in node.inputs):
+            altered.update(id(tensor) for tensor in node.outputs)
+    for node in nodes:
+        _share_errors(model, node, tasks, altered)
+    # What is beside a layer may come later in the graph than the layer, so one sweep may not be enough.
+    depth: dict[int, int] = {}
+    level: dict[int, int] = {}
+    moved = True
+    while moved:
+        moved = False
+        for node in nodes:
+            waits = max((depth.get(id(tensor), 0) for tensor in node.inputs), default=0)
+            task = tasks.get(id(node))
+            if task is not None:
+                beside = depth.get(id(task.beside), 0) if task.beside is not None else 0
+                level[id(node)] = max(waits, beside)
+                waits = level[id(node)] + 1
+            for tensor in node.outputs:
+                moved |= depth.get(id(tensor), 0) != waits
+                depth[id(tensor)] = waits
+    levels: list[list[_Task]] = [[] for _ in range(max(level.values(), default=-1) + 1)]
+    for key, task in tasks.items():
+        levels[level[key]].append(task)
+    return levels, refits
+
+
+def _share_errors(model: Model, node: gs.Node, tasks: dict[int, _Task], altered: set[int]) -> None:
+    """At an Add, let one of the layers that feed it fit the sum: it makes up for the error of the other branch.
+
+    That is the one with the most inputs, if nothing else reads its output (section 3.4.1 of He et al. 2017).
+    """
+    if node.op != "Add" or len(node.inputs) != 2 or node.domain not in (None, "", "ai.onnx"):
+        return
+    able = []
+    for slot, tensor in enumerate(node.inputs):
+        maker = tensor.inputs[0] if tensor.inputs else None
+        task = tasks.get(id(maker)) if maker is not None else None
+        alone = len(tensor.outputs) == 1 and not is_graph_output(model.graph, tensor)
+        other = node.inputs[1 - slot]
+        if task is not None and alone and id(other) in altered and other is not tensor:
+            able.append((task.layer.shape[2], task, other))
+    if able:
+        _, task, other = max(able, key=lambda entry: entry[0])
+        task.beside = other
 
 
 def _unfit(layer: LinearLayer, users: int) -> str | None:
@@ -149,18 +211,19 @@ def _unfit(layer: LinearLayer, users: int) -> str | None:
     return None
 
 
-def _refit(model: Model, task: _Task, ridge: float) -> Refit:
-    layer, moments = task.layer, task.moments
-    assert moments is not None
-    if moments.count == 0:
+def _refit(model: Model, task: _Task, ridge: float | None) -> Refit:
+    layer = task.layer
+    if task.halves is None or sum(half.count for half in task.halves) == 0:
         return Refit(layer.node, why="the calibration data gave it no finite input")
     shift = _shift_add(model, layer)
     centred = layer.node.op != "MatMul" or shift is not None
     start = layer.matrices()
-    matrices = solve(moments, start, ridge, centred=centred)
+    strength = _best_ridge(task.halves, start, centred=centred) if ridge is None else ridge
+    moments = task.halves[0].merged(task.halves[1])
+    matrices = solve(moments, start, strength, centred=centred)
     if not np.isfinite(matrices).all():
         return Refit(layer.node, why="its least squares did not come out finite")
-    before, after = (_error(moments, w, centred=centred) for w in (start, matrices))
+    before, after = (relative_error(moments, w, centred=centred) for w in (start, matrices))
     bias = (moments.mean_y - np.einsum("gok,gk->go", matrices, moments.mean)).reshape(-1)
     _replace(model, layer.node, 1, layer.stored(matrices))
     if shift is not None:
@@ -171,6 +234,20 @@ def _refit(model: Model, task: _Task, ridge: float) -> Refit:
     elif centred:
         _set_bias(model, layer, bias)
     return Refit(layer.node, before, after)
+
+
+def _best_ridge(halves: tuple[Moments, Moments], start: FloatArray, *, centred: bool) -> float:
+    """The ridge that does best on the half of the samples that it was not fitted on."""
+    if min(half.count for half in halves) == 0:
+        return RIDGES[-1]
+    errors = [
+        sum(
+            relative_error(other, solve(half, start, ridge, centred=centred), centred=centred)
+            for half, other in (halves, halves[::-1])
+        )
+        for ridge in RIDGES
+    ]
+    return RIDGES[int(np.argmin(errors))]
 
 
 def solve(moments: Moments, start: FloatArray, ridge: float, *, centred: bool = True) -> FloatArray:
@@ -190,7 +267,7 @@ def solve(moments: Moments, start: FloatArray, ridge: float, *, centred: bool = 
     return np.linalg.solve(left, cross + strength * start.transpose(0, 2, 1)).transpose(0, 2, 1)
 
 
-def _error(moments: Moments, matrices: FloatArray, *, centred: bool) -> float:
+def relative_error(moments: Moments, matrices: FloatArray, *, centred: bool) -> float:
     """Mean squared error over the variance of the target, with the best bias."""
     assert moments.sum_yy is not None and moments.cross is not None
     count = max(moments.count, 1)

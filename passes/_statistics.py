@@ -252,6 +252,15 @@ class Moments:
             self.sum_yy += np.square(y, dtype=np.float64).sum(axis=1)
             self.cross += across @ y
 
+    def merged(self, other: Moments) -> Moments:
+        """The moments of the rows of both."""
+        added = Moments(self.count + other.count, self.sum_x + other.sum_x, self.gram + other.gram)
+        if self.sum_y is not None and self.cross is not None and self.sum_yy is not None:
+            assert other.sum_y is not None and other.cross is not None and other.sum_yy is not None
+            added.sum_y, added.sum_yy = self.sum_y + other.sum_y, self.sum_yy + other.sum_yy
+            added.cross = self.cross + other.cross
+        return added
+
     @property
     def mean(self) -> FloatArray:
         """Mean row, ``[G, K]``."""

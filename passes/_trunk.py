@@ -50,7 +50,9 @@ class Trunk:
         needed = self._ancestors(wanted, maker, held)
         ahead = self._done | needed
         frontier = self._frontier(ahead, held)
-        session = self._segment(needed, sorted({*wanted, *frontier} & {name for i in needed for name in _made(nodes[i])}))
+        session = self._segment(
+            needed, sorted({*wanted, *frontier} & {name for i in needed for name in _made(nodes[i])})
+        )
         kept: list[Feed] | None = []
         size = 0
         for batch in self._held if self._held is not None else self._batches():

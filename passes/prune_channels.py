@@ -16,7 +16,7 @@ from pydantic import Field
 from onnxslim.graph.coupling import Coupling, Cut, Group, couple, cut
 from onnxslim.graph.walk import hoist_constants
 from onnxslim.model import Model
-from onnxslim.passes._channel_scores import obs_order, readers, weight_norms
+from onnxslim.passes._channel_scores import obs_removal, readers, weight_norms
 from onnxslim.passes._statistics import LinearLayer, Moments, input_moments
 from onnxslim.passes.base import Context, Outcome, Pass
 
@@ -58,7 +58,12 @@ class PruneChannels(Pass):
         "them once those have been refitted (needs calibration data; 'norm' without); 'norm', the size of their weights",
     )
     recover: bool = Field(True, description="refit the remaining weights by least squares on calibration data")
-    ridge: float = Field(0.01, gt=0, description="pull of the refit to the cut weights, in units of the input variance")
+    ridge: float | None = Field(
+        None,
+        gt=0,
+        description="pull of the refit to the cut weights, in units of the input variance; chosen for each layer on "
+        "held-out samples when absent",
+    )
     exclude: tuple[str, ...] = Field((), description="patterns of node names whose channels are kept, such as 'head.*'")
     max_samples: int = Field(512, ge=1, description="calibration samples to use at most")
     rows_per_sample: int = Field(40, ge=1, description="positions of a feature map to draw from each sample")
@@ -81,7 +86,7 @@ class PruneChannels(Pass):
         batches = self._batches(context)
         moments = self._criterion_moments(model, coupling, chosen, batches, context.seed)
         removed = {
-            index: self._order(coupling.groups[index], moments)[: coupling.groups[index].channels - width]
+            index: self._least_important(coupling.groups[index], coupling.groups[index].channels - width, moments)
             for index, width in chosen.items()
         }
         teacher = model.copy() if self.recover and batches is not None else None
@@ -151,10 +156,9 @@ class PruneChannels(Pass):
     def _floor(self, group: Group, step: int) -> int:
         return -(-min(self.min_channels, group.channels) // step) * step
 
-    def _order(self, group: Group, moments: dict[int, Moments]) -> NDArray[np.int64]:
-        """Channels of a group, the least important first."""
-        order = obs_order(group, moments) if moments else None
-        return np.argsort(weight_norms(group), kind="stable") if order is None else order
+    def _least_important(self, group: Group, count: int, moments: dict[int, Moments]) -> NDArray[np.int64]:
+        gone = obs_removal(group, count, moments) if moments else None
+        return np.argsort(weight_norms(group), kind="stable")[:count] if gone is None else gone
 
     def _criterion_moments(
         self,

@@ -373,9 +373,26 @@ def _gather(op: Op) -> None:
     for axis in range(len(dims)):
         if axis != along:
             op.join(op.x, axis, op.y, axis + (spread if axis > along else 0))
+    size = dims[along]
+    if index is not None and index.ndim == 1 and index.size > 1 and isinstance(size, int) and size > 1:
+        _follow_gather(op, along, np.where(index < 0, index + size, index))
+        return
     op.because(op.x, along, f"{op.label} takes single positions of it")
     for axis in range(spread + 1):
         op.join(op.inputs[1], axis, op.y, along + axis)
+
+
+def _follow_gather(op: Op, along: int, index: Indices) -> None:
+    """Channels that a constant index picks, reorders or repeats: each is the one it was, at its new place."""
+    op.join(op.x, along, op.y, along, index, np.arange(len(index)))
+    op.tell(op.inputs[1], 0)
+    after = op.tracer.axis(op.y, along, op.node)
+
+    def renumber(plan: Cut, kept: Indices) -> None:
+        left = plan.kept(after) if after is not None else None
+        op.replace_ints(1, np.searchsorted(kept, index if left is None else index[left]).astype(index.dtype))
+
+    op.follow(op.x, along, renumber)
 
 
 def _pad(op: Op) -> None:
