@@ -223,6 +223,8 @@ class _Folding:
             return "quantized", "quantized weights stay quantized"
         if node.op in _NOT_TENSORS:
             return "sequence", "it makes or reads a sequence or an optional"
+        if node.op == "Range" and self.is_long_range(node):
+            return "growth", "its result is too large to store"
         if node.op == "Cast" and self.is_packed(node.inputs[0]):
             return "packed", "it unpacks indices that are stored in few bits on purpose"
         return None
@@ -234,6 +236,19 @@ class _Folding:
             and np.dtype(tensor.dtype) in (np.uint8, np.int8)
             and int(np.prod(tensor.shape)) > _MOST_UNPACKED
         )
+
+    def is_long_range(self, node: gs.Node) -> bool:
+        """Whether a Range makes too many numbers: shape inference would write them all down to count them."""
+        bounds = [self.known_value(tensor) for tensor in node.inputs]
+        if any(bound is None or bound.size != 1 for bound in bounds):
+            return False
+        start, limit, delta = (float(bound.reshape(-1)[0]) for bound in bounds if bound is not None)
+        return delta != 0 and (limit - start) / delta > _EVALUATION_LIMIT / 8
+
+    def known_value(self, tensor: gs.Tensor) -> np.ndarray | None:
+        """The value of a constant, or one that was computed."""
+        value = self.values.get(id(tensor))
+        return self.g.constant(tensor) if value is None else value
 
     def evaluate_small(self) -> None:
         """Evaluate in waves what is small; note the sizes of what is large. Each wave is one session an opset."""
@@ -275,7 +290,7 @@ class _Folding:
         """Whether to evaluate a node "now", to note its size and evaluate it if it is chosen ("lazy"), or "later"."""
         outputs = [tensor for tensor in node.outputs if not tensor.is_empty()]
         known = all(self.is_constant(tensor) for tensor in node.inputs)
-        if self.may_trap(node, known=known):
+        if self.may_trap(node) or (node.op == "Range" and not known):
             return "later"
         read = sum(self.size(tensor) for tensor in node.inputs if not tensor.is_empty() and self.is_constant(tensor))
         if all(id(tensor) in sizes for tensor in outputs):
@@ -296,13 +311,11 @@ class _Folding:
             self.refuse(node, "size", "the size of its result is not known before it runs")
         return "later"
 
-    def may_trap(self, node: gs.Node, *, known: bool) -> bool:
+    def may_trap(self, node: gs.Node) -> bool:
         """Whether an integer division could end the process: the divisor must be known and be neither 0 nor -1."""
         if node.op not in ("Div", "Mod"):
             return False
-        divisor = self.values.get(id(node.inputs[1]))
-        if divisor is None:
-            divisor = self.g.constant(node.inputs[1])
+        divisor = self.known_value(node.inputs[1])
         if divisor is None:
             dtype = self.g.dtype(node.inputs[1])
             return dtype is None or dtype.kind in "iu"
