@@ -30,7 +30,7 @@ from onnxslim.data import SIZES, Dataset, random_feeds, resized_feeds
 from onnxslim.errors import ModelError
 from onnxslim.model import Model
 from onnxslim.record import Check, LayerError
-from onnxslim.runtime import Feed, Session, spill
+from onnxslim.runtime import Feed, Session, spill, too_large
 
 __all__ = ["check_lossless", "check_runs", "layer_errors", "output_errors"]
 
@@ -161,12 +161,12 @@ def _check_onnx(before: Model, after: Model) -> Check:
 def _checker_fault(model: Model, *, full: bool) -> str | None:
     """What onnx.checker says, in one line; None where it finds nothing."""
     try:
-        try:
+        if not too_large(model):
             onnx.checker.check_model(model.to_proto(), full_check=full)
-        except ValueError:  # too large to be handed over as one message
-            with tempfile.TemporaryDirectory(prefix="onnxslim-", ignore_cleanup_errors=True) as folder:
-                onnx.checker.check_model(str(spill(model, Path(folder))), full_check=full)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError) as error:
+            return None
+        with tempfile.TemporaryDirectory(prefix="onnxslim-", ignore_cleanup_errors=True) as folder:
+            onnx.checker.check_model(str(spill(model, Path(folder))), full_check=full)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         return " ".join(str(error).split())[:300]
     return None
 

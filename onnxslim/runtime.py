@@ -41,7 +41,11 @@ __all__ = [
     "max_ir_version",
     "peak_memory",
     "spill",
+    "too_large",
 ]
+
+# protobuf refuses messages of 2 GiB; the graph around the weights must fit as well.
+_MESSAGE_LIMIT = 2**31 - 2**24
 
 Feed = dict[str, np.ndarray]
 """One inference: input (or output) name -> array. Sequence outputs are lists of arrays."""
@@ -205,15 +209,17 @@ class Session:
         if isinstance(model, bytes):
             return bytes(model) + appendix
         try:
-            proto = model.to_proto() if isinstance(model, Model) else model
-            return bytes(proto.SerializeToString()) + appendix
-        except EncodeError:  # 2 GB or more do not fit a protobuf
-            if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="onnxslim-", ignore_cleanup_errors=True)
-            path = spill(model, Path(self._folder.name))
-            with path.open("ab") as file:
-                file.write(appendix)
-            return str(path)
+            if not too_large(model):
+                proto = model.to_proto() if isinstance(model, Model) else model
+                return bytes(proto.SerializeToString()) + appendix
+        except EncodeError:  # its weights are not where too_large counts them
+            pass
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="onnxslim-", ignore_cleanup_errors=True)
+            spill(model, Path(self._folder.name))
+        path = Path(self._folder.name)
+        (path / "session.onnx").write_bytes((path / "model.onnx").read_bytes() + appendix)
+        return str(path / "session.onnx")
 
     def _inner(self, model: ModelSource, outputs: Sequence[str]) -> list[str]:
         """Which of the wanted tensors are not outputs of the model yet."""
@@ -226,6 +232,17 @@ class Session:
             raise ModelError(f"{self._name}: the main graph has no tensor {missing[0]!r} to fetch.")
         declared = {value.name for value in graph.output}
         return [name for name in dict.fromkeys(outputs) if name not in declared]
+
+
+def too_large(model: Model | onnx.ModelProto) -> bool:
+    """Whether the main graph holds more weights than one protobuf message can, found without reading them."""
+    graph = _skeleton(model).graph
+    sizes = (
+        np.prod(tensor.dims, dtype=np.float64) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in graph.initializer
+        if tensor.data_type not in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING)
+    )
+    return bool(sum(sizes) >= _MESSAGE_LIMIT)
 
 
 def spill(model: Model | onnx.ModelProto, folder: Path) -> Path:

@@ -1,0 +1,233 @@
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnx
+import pytest
+from onnx import parser
+
+from onnxslim.errors import ModelError
+from onnxslim.model import load
+from onnxslim.runtime import Session, Timing, environment, interleaved_latency, max_ir_version, peak_memory
+
+ADD = """
+<ir_version: 8, opset_import: ["" : 17]>
+graph (float[N, 3] x, float[3] bias) => (float[N, 3] y)
+<float[3] bias = {1, 2, 3}>
+{
+    hidden = Relu(x)
+    y = Add(hidden, bias)
+}
+"""
+
+
+def model(text=ADD, **changes):
+    proto = parser.parse_model(text)
+    for name, value in changes.items():
+        setattr(proto, name, value)
+    return proto
+
+
+def x(*rows):
+    return np.array(rows, np.float32)
+
+
+def test_import_of_the_package_loads_no_runtime():
+    code = "import sys, onnxslim, onnxslim.runtime; print([m for m in ('onnxruntime', 'tvm') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_session_runs_and_describes_inputs():
+    session = Session(model())
+    assert list(session.inputs) == ["x"]
+    assert session.inputs["x"].shape == ["N", 3] and session.inputs["x"].dtype == np.float32
+    assert list(session.optional_inputs) == ["bias"] and session.optional_inputs["bias"].optional
+    np.testing.assert_array_equal(session.run({"x": x([-1, 0, 5])})["y"], x([1, 2, 8]))
+    np.testing.assert_array_equal(session.run({"x": x([1, 1, 1]), "bias": x(0, 0, 9)})["y"], x([1, 1, 10]))
+
+
+def test_scalar_unknown_rank_and_meaningless_symbols_are_told_apart():
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    graph (int64 rate, float any, float[?, N] image) => (float y) { y = Identity(any) }"""
+    proto = model(text)
+    proto.graph.input[1].type.tensor_type.ClearField("shape")
+    proto.graph.input[2].type.tensor_type.shape.dim[0].dim_param = "?"
+    inputs = Session(proto).inputs
+    assert inputs["rate"].shape == []
+    assert inputs["any"].shape is None
+    assert inputs["image"].shape == [None, "N"]
+    assert str(inputs["rate"]) == "int64 []" and "any rank" in str(inputs["any"])
+
+
+def test_inner_tensors_can_be_fetched_in_any_order_and_twice(tmp_path):
+    proto = model()
+    path = tmp_path / "m.onnx"
+    onnx.save(proto, path)
+    for source in (proto, path, load(path), proto.SerializeToString()):
+        outputs = Session(source, outputs=["y", "hidden", "x", "y"]).run({"x": x([-1, 0, 5])})
+        assert list(outputs) == ["y", "hidden", "x"]
+        np.testing.assert_array_equal(outputs["hidden"], x([0, 0, 5]))
+    assert [value.name for value in proto.graph.output] == ["y"]
+
+
+def test_fetching_an_unknown_tensor_names_it():
+    with pytest.raises(ModelError, match="no tensor 'nothing'"):
+        Session(model(), outputs=["nothing"])
+
+
+def test_a_file_format_too_new_for_the_runtime_is_capped_in_memory_only(tmp_path):
+    proto = model(ir_version=max_ir_version() + 1)
+    path = tmp_path / "new.onnx"
+    onnx.save(proto, path)
+    content = path.read_bytes()
+    for source in (proto, path, load(path)):
+        assert Session(source).run({"x": x([1, 1, 1])})["y"].tolist() == [[2, 3, 4]]
+    assert proto.ir_version == max_ir_version() + 1
+    assert path.read_bytes() == content
+    assert peak_memory(path, {"x": x([1, 1, 1])}) is not None
+
+
+def test_external_data_is_found_when_outputs_are_added(tmp_path):
+    proto = model(ir_version=max_ir_version() + 1)
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(x(1, 2, 3), "bias"))  # raw, so it can move out
+    path = tmp_path / "m.onnx"
+    onnx.save_model(proto, path, save_as_external_data=True, location="w.data", size_threshold=0)
+    assert (tmp_path / "w.data").exists()
+    assert Session(path, outputs=["y"]).run({"x": x([0, 0, 0])})["y"].tolist() == [[1, 2, 3]]
+    assert Session(load(path)).run({"x": x([0, 0, 0])})["y"].tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+def test_failure_while_running_names_the_innermost_node(optimize):
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    graph (bool c, float[N, M] a, float[K, L] b) => (float[P, Q] y) {
+        y = If (c) <
+            then_branch = yes () => (float[P, Q] t) { t = MatMul(a, b) },
+            else_branch = no () => (float[P, Q] e) { e = Identity(a) }
+        >
+    }"""
+    proto = model(text)
+    proto.graph.node[0].attribute[0].g.node[0].name = "product"
+    session = Session(proto, optimize=optimize)
+    session.run({"c": np.array(False), "a": np.ones((2, 3), np.float32), "b": np.ones((2, 3), np.float32)})
+    with pytest.raises(ModelError, match="MatMul node 'product' fails") as caught:
+        session.run({"c": np.array(True), "a": np.ones((2, 3), np.float32), "b": np.ones((2, 3), np.float32)})
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_operator_is_named_with_what_it_makes():
+    text = '<ir_version: 8, opset_import: ["" : 17]> graph (float[N] x) => (float[N] z) { z = Nonsense(x) }'
+    with pytest.raises(ModelError, match="Nonsense node that makes 'z'"):
+        Session(model(text))
+
+
+def test_missing_broken_and_empty_files_are_one_line_errors(tmp_path):
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(model().SerializeToString()[:-20])
+    empty = tmp_path / "empty.onnx"
+    empty.touch()
+    for path in (broken, empty, tmp_path / "missing.onnx", tmp_path):
+        for outputs in (None, ["y"]):
+            with pytest.raises(ModelError) as caught:
+                Session(path, outputs=outputs)
+            assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_feed_that_does_not_fit_is_a_model_error():
+    session = Session(model())
+    for feed in ({}, {"x": np.ones((1, 3))}, {"x": np.ones((1, 4), np.float32)}, {"x": x([1, 1, 1]), "z": x(1)}):
+        with pytest.raises(ModelError, match="the model"):
+            session.run(feed)
+
+
+def test_sequences_strings_and_bfloat16_go_in_and_out():
+    import ml_dtypes
+
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    graph (float[N] x, string[N] s, bfloat16[N] b) => (seq(float[N]) q, string[N] t, float[N] f)
+    { q = SequenceConstruct(x, x)  t = Identity(s)  f = Cast<to = 1>(b) }"""
+    feed = {"x": x(1, 2), "s": np.array(["ä", ""]), "b": np.array([1.5, -2], ml_dtypes.bfloat16)}
+    outputs = Session(model(text)).run(feed)
+    assert isinstance(outputs["q"], list) and outputs["q"][1].tolist() == [1, 2]
+    assert outputs["t"].tolist() == ["ä", ""]
+    assert outputs["f"].tolist() == [1.5, -2]
+
+
+def test_timing_is_interleaved_and_bounded():
+    order = []
+    timings = interleaved_latency(
+        {name: (lambda name=name: order.append(name)) for name in "abc"},
+        repeats=4,
+        warmup=1,
+        min_seconds=0,
+        max_seconds=5,
+    )
+    assert order[:3] == ["a", "b", "c"]  # warm-up
+    rounds = [order[i : i + 3] for i in range(3, len(order), 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+    assert [turn[0] for turn in rounds] == ["a", "b", "c", "a"]
+    assert {name: len(timing.samples_ms) for name, timing in timings.items()} == {"a": 4, "b": 4, "c": 4}
+    assert timings["a"].warmup_runs == 1
+
+    start = time.perf_counter()
+    slow = interleaved_latency({"s": lambda: time.sleep(0.05)}, repeats=1000, max_seconds=0.3)
+    assert time.perf_counter() - start < 1
+    assert 1 <= len(slow["s"].samples_ms) < 10
+    assert slow["s"].median_ms >= 50
+
+
+def test_latency_holds_the_ratio_of_medians():
+    base, fast = Timing([10.0, 20.0, 30.0], 2), Timing([5.0, 4.0, 6.0], 2)
+    entry = fast.latency(runtime="tvm", threads=3, baseline=base, baseline_name="original")
+    assert (entry.median_ms, entry.ratio, entry.baseline, entry.threads, entry.warmup_runs) == (
+        5,
+        0.25,
+        "original",
+        3,
+        2,
+    )
+    assert entry.p10_ms == pytest.approx(4.2) and entry.p90_ms == pytest.approx(5.8)
+    alone = base.latency(runtime="onnxruntime", threads=1)
+    assert alone.ratio is None and alone.baseline is None
+
+
+def test_peak_memory_grows_with_the_weights_and_not_with_the_parent(tmp_path):
+    def made(megabytes):
+        weight = np.ones((megabytes * 2**18 // 1024, 1024), np.float32)
+        graph = onnx.helper.make_graph(
+            [onnx.helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)],
+            "g",
+            [onnx.helper.make_tensor_value_info("x", 1, [1, 1024])],
+            [onnx.helper.make_tensor_value_info("y", 1, None)],
+            [onnx.numpy_helper.from_array(weight, "w")],
+        )
+        path = tmp_path / f"{megabytes}.onnx"
+        onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]), path)
+        return path
+
+    feed = {"x": np.ones((1, 1024), np.float32)}
+    ballast = np.ones(2**26)  # 512 MB in this process
+    small, large = peak_memory(made(1), feed), peak_memory(made(100), feed)
+    del ballast
+    assert small is not None and large is not None
+    assert small < 100e6
+    assert 80e6 < large - small < 500e6
+
+
+def test_peak_memory_is_none_where_the_model_does_not_run(tmp_path):
+    path = tmp_path / "m.onnx"
+    onnx.save(model(), path)
+    assert peak_memory(path, {"x": np.ones((1, 4), np.float32)}) is None
+    assert peak_memory(tmp_path / "missing.onnx", {"x": x([1, 1, 1])}) is None
+    assert peak_memory(path, {"x": x([1, 1, 1])}, timeout=0.01) is None
+
+
+def test_environment_is_text_and_loads_no_tvm():
+    code = "import sys, json; from onnxslim.runtime import environment; e = environment(); print(json.dumps(e)); "
+    code += "assert 'tvm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    found = environment()
+    assert all(isinstance(value, str) and value for value in found.values())
+    assert found["numpy"] == np.__version__
+    assert {"cpu", "cpu features", "cores", "load", "memory", "apache-tvm", "onnxruntime", "system"} <= set(found)
