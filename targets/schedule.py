@@ -54,8 +54,8 @@ def _schedule(function: Any, vector_bits: int, registers: int) -> Any | None:
     try:
         schedule = schedule_module.Schedule(tvm.IRModule({"main": function}))
         _Kernel(schedule, vector_bits, registers).apply()
-    except Exception:
-        # An illegal step raises errors of several types; the function is untouched, the schedule works on a copy.
+    except (RuntimeError, ValueError):
+        # TVM finds a step illegal. The function is untouched: the schedule works on a copy.
         return None
     return schedule.mod["main"].with_attrs(dict(function.attrs.items()) if function.attrs else {})
 
@@ -153,7 +153,7 @@ class _Kernel:
         schedule = self.schedule
         users = schedule.get_consumers(block.block_rv)
         moved: set[str] = set()
-        if len(users) == 1:
+        if len(users) == 1 and self._same_indices(block, users[0]):
             schedule.reverse_compute_at(users[0], tile)
             schedule.set_scope(block.block_rv, 0, "local")
             writer = users[0]
@@ -163,6 +163,25 @@ class _Kernel:
             schedule.reverse_compute_at(writer, tile)
         schedule.vectorize(schedule.get_loops(writer)[-1])
         return moved
+
+    def _same_indices(self, block: Any, user: Any) -> bool:
+        """Whether a step reads the reduction's output exactly where it writes its own.
+
+        TVM would move a padding too, and then leave out the border, which lies in no tile.
+        """
+        equal = importlib.import_module("tvm_ffi").structural_equal
+        made = self.schedule.get(block.block_rv).writes[0].source
+        written = self.schedule.get(user).writes[0]
+        read = [region for region in self.schedule.get(user).reads if region.source.same_as(made)]
+        return (
+            len(read) == 1
+            and equal(written.source.shape, made.shape)
+            and len(read[0].region) == len(written.region)
+            and all(
+                equal(left.min, right.min) and equal(left.extent, right.extent)
+                for left, right in zip(read[0].region, written.region, strict=True)
+            )
+        )
 
     def _bits(self, block: Any) -> int:
         return int(self.schedule.get(block.block_rv).writes[0].source.dtype.bits)
