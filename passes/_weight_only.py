@@ -40,6 +40,10 @@ _SHARED: dict[tuple[str, int], Callable[[gs.Node, int], tuple[int, ...]]] = {
 }
 
 
+# Where a weight is cut, joined or turned before it is used: one scale a row of the last axis fits what follows.
+_MOVING = ("Slice", "Concat", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Split", "Identity")
+
+
 @dataclass
 class _Use:
     graph: gs.Graph
@@ -71,7 +75,7 @@ def quantize_stored_weights(model: Model, skip: Callable[[gs.Node], bool], outco
             continue
         if all(_is_lookup(use) for use in uses):
             _quantize_table(model, weight, uses, outcome)
-        elif all((use.node.op, use.position) in _SHARED and not use.node.domain for use in uses):
+        elif all(_shared_axes(use, len(weight.shape)) is not None for use in uses):
             home = owner.get(key, uses[0].graph)
             if key not in owner and any(use.graph is not home for use in uses):
                 continue
@@ -91,6 +95,16 @@ def _plain_graphs(model: Model) -> Iterator[gs.Graph]:
             continue
         yield graph
         stack.extend(body for node in graph.nodes for body in subgraphs(node))
+
+
+def _shared_axes(use: _Use, rank: int) -> tuple[int, ...] | None:
+    """The axes over which one scale is shared for this use; None when the weight must stay float."""
+    if use.node.domain:
+        return None
+    if use.node.op in _MOVING:
+        return (rank - 1,)
+    rule = _SHARED.get((use.node.op, use.position))
+    return rule(use.node, rank) if rule else None
 
 
 def _is_lookup(use: _Use) -> bool:
@@ -117,7 +131,7 @@ def _quantize_weight(model: Model, home: gs.Graph, weight: gs.Constant, uses: li
         outcome.refuse(RULE, weight.name, "it holds values that are not finite")
         return
     first = uses[0]
-    codes, scale = _codes(values, _SHARED[first.node.op, first.position](first.node, values.ndim))
+    codes, scale = _codes(values, _shared_axes(first, values.ndim) or ())
     stored = gs.Constant(model.fresh_name(f"{weight.name}_q"), codes)
     scales = gs.Constant(model.fresh_name(f"{weight.name}_s"), scale)
     real = gs.Variable(model.fresh_name(f"{weight.name}_c"), np.float32, list(values.shape))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ from onnxslim.graph.walk import drop_value_info, hoist_constants, remove_dead_no
 from onnxslim.passes._calibration import Method, Observed, choose_range, histograms, observe
 from onnxslim.passes._correction import corrections, output_error
 from onnxslim.passes._opset import raise_opset
+from onnxslim.passes._pads import absorb_pads
 from onnxslim.passes._placement import ANCHORS, Anchor, Placement, anchor_obstacle, matches, weight_axis
 from onnxslim.passes._qdq import Emitter, FloatArray, TensorCode, chain_code, code_of_range
 from onnxslim.passes._weight_only import quantize_stored_weights
@@ -35,9 +37,10 @@ _OPSET = 13  # the first with per-channel DequantizeLinear
 _BATCH_BYTES = 48 << 20  # of the largest activation in one batch
 _BATCH = 32
 _FIT_SHARE = 0.75  # of the calibration data corrects biases; the rest decides whether that is kept
+_MOST_FIT, _MOST_HELD = 48, 16  # batches
 _TINY_WEIGHT, _TINY_MACS = 512, 200_000
-_WEIGHTED = (*ANCHORS, "ConvTranspose", "LSTM", "GRU", "RNN")
 _MOST_KEPT = 8
+_SENSITIVITY_SECONDS = 60
 
 
 class QuantizeStatic(Pass):
@@ -59,7 +62,9 @@ class QuantizeStatic(Pass):
     lossless: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = True
 
-    calibration: Method = Field("mse", description="how activation ranges are chosen: mse, minmax or percentile")
+    calibration: Literal["auto"] | Method = Field(
+        "auto", description="how activation ranges are chosen: mse, minmax, percentile, or auto: by output error"
+    )
     percentile: float = Field(99.99, gt=50, le=100, description="share of values inside the range, for percentile")
     max_samples: int = Field(128, ge=1, description="calibration samples used, at most")
     per_channel: bool = Field(True, description="one weight scale an output channel instead of one a tensor")
@@ -81,11 +86,12 @@ class QuantizeStatic(Pass):
             outcome.refuse(self.name, "model", "there is no calibration data")
             return outcome
         before = model.copy()
-        hoist_constants(model)
+        _hoist(model)
         unraised = raise_opset(model, _OPSET)
         if unraised:
             outcome.refuse("qdq", "model", f"{unraised}, and per-channel quantization needs {_OPSET}")
         else:
+            absorb_pads(model)
             _Run(self, model, context.calibration.take(self.max_samples), context, outcome).run()
         if self.weight_only:
             stored = quantize_stored_weights(model, lambda node: matches(node, self.exclude), outcome)
@@ -126,8 +132,10 @@ class _Run:
 
     def run(self) -> None:
         """Calibrate, correct, and rewrite the model."""
-        anchors, shapes = self._anchors(self.model, self.outcome)
+        reasons: dict[str, str] = {}
+        anchors, shapes = self._anchors(self.model, reasons)
         if not anchors:
+            self._refuse(self.model, reasons)
             return
         names = _watched(self.model.graph, shapes)
         batch = 1
@@ -140,14 +148,14 @@ class _Run:
         except ModelError as error:
             self.outcome.refuse("qdq", "model", f"its activations cannot be observed: {error}")
             return
-        placement = self._place(self.model, self.outcome)
+        placement = self._place(self.model)
+        if placement.anchors and self.options.keep_float:
+            self.kept = self._worst(placement, self._split(batch))
+        placement = self._place(self.model, reasons)
+        self._refuse(self.model, reasons)
         if not placement.anchors:
             return
-        self._calibrate(placement, batch)
-        teacher = self.model.copy()
-        found: dict[str, FloatArray] = {}
-        if self.options.bias_correction:
-            found = self._correct(teacher, batch)
+        found = self._choose(placement, batch)
         macs, quantized = self._macs(anchors), self._macs(placement.anchors)
         self._note(placement)
         self._emitter(self.model, placement, found).emit()
@@ -160,35 +168,27 @@ class _Run:
 
     # ---------------------------------------------------------------------------------------------------- placement
 
-    def _anchors(self, model: Model, outcome: Outcome | None) -> tuple[dict[str, Anchor], Shapes]:
+    def _anchors(self, model: Model, reasons: dict[str, str] | None) -> tuple[dict[str, Anchor], Shapes]:
         """The Conv, Gemm and MatMul nodes of the main graph whose weight can be quantized with its input."""
         shapes = infer_shapes(model, self.context.shapes)
         anchors: dict[str, Anchor] = {}
-        reasons: list[tuple[gs.Node, str]] = []
         for node in model.graph.nodes:
             if node.op not in ANCHORS or node.domain or not node.outputs or len(node.inputs) < 2:
                 continue
+            name = node.outputs[0].name
             reason = "it is excluded" if matches(node, self.options.exclude) else anchor_obstacle(node, shapes)
-            if node.outputs[0].name in self.kept:
-                reason = "it is among the layers that add most error"
-            if reason:
-                reasons.append((node, reason))
-                continue
-            name, axis = node.outputs[0].name, weight_axis(node) if self.options.per_channel else None
-            anchors[name] = Anchor(name, node, axis, len(node.inputs[1].shape))
-        if outcome is not None:
-            for node, reason in reasons:
-                outcome.refuse("qdq", node.name or node.outputs[0].name, f"{node.op}: {reason}")
-            for graph in itertools.islice(model.graphs(), 1, None):
-                for node in graph.nodes:
-                    if node.op in ANCHORS and not node.domain:
-                        why = f"{node.op}: it is in a body, where activations are not observed"
-                        outcome.refuse("qdq", node.name or node.outputs[0].name, why)
+            if name in self.kept:
+                reason = f"it is among the {len(self.kept)} layers that add most error"
+            if reason is None:
+                axis = weight_axis(node) if self.options.per_channel else None
+                anchors[name] = Anchor(name, node, axis, len(node.inputs[1].shape))
+            elif reasons is not None:
+                reasons[name] = reason
         return anchors, shapes
 
-    def _place(self, model: Model, outcome: Outcome | None) -> Placement:
+    def _place(self, model: Model, reasons: dict[str, str] | None = None) -> Placement:
         """Solve the placement on ``model``, which has the tensors of the observed one."""
-        anchors, shapes = self._anchors(model, None)
+        anchors, shapes = self._anchors(model, reasons)
         banned = {
             name
             for name, entry in self.observed.items()
@@ -199,16 +199,25 @@ class _Run:
         usable = {name: anchor for name, anchor in anchors.items() if name not in small}
         elements = {name: entry.elements for name, entry in self.observed.items()}
         placement = Placement(model.graph, shapes, elements, banned | unseen, usable, self.options.exclude)
-        if outcome is not None:
-            for name, anchor in anchors.items():
-                if name not in placement.anchors:
-                    why = (
-                        "it is too small to gain"
-                        if name in small
-                        else "its input or output is unbounded or was never seen"
-                    )
-                    outcome.refuse("qdq", anchor.node.name or name, f"{anchor.node.op}: {why}")
+        if reasons is not None:
+            for name in anchors.keys() - placement.anchors.keys():
+                reasons[name] = (
+                    "it is too small to gain"
+                    if name in small
+                    else f"its input or output is not finite or reaches beyond {self.options.max_range:g}"
+                )
         return placement
+
+    def _refuse(self, model: Model, reasons: dict[str, str]) -> None:
+        """Say of every node that stays float why it does."""
+        nodes = {node.outputs[0].name: node for node in model.graph.nodes if node.outputs}
+        for name, reason in reasons.items():
+            self.outcome.refuse("qdq", nodes[name].name or name, f"{nodes[name].op}: {reason}")
+        for graph in itertools.islice(model.graphs(), 1, None):
+            for node in graph.nodes:
+                if node.op in ANCHORS and not node.domain:
+                    label = node.name or node.outputs[0].name
+                    self.outcome.refuse("qdq", label, f"{node.op}: it is in a body, where activations are not observed")
 
     def _tiny(self, anchor: Anchor) -> bool:
         weight = anchor.node.inputs[1]
@@ -225,18 +234,42 @@ class _Run:
 
     # -------------------------------------------------------------------------------------------------- calibration
 
-    def _calibrate(self, placement: Placement, batch: int) -> None:
-        """Choose the code of every tensor that carries one."""
-        own = [name for name in sorted(placement.carried | placement.fed) if not _inherits(placement, name)]
+    def _choose(self, placement: Placement, batch: int) -> dict[str, FloatArray]:
+        """Settle the codes of all tensors, and return bias corrections: those with the least error on held-back data."""
+        options = self.options
+        methods: tuple[Method, ...] = ("mse", "percentile") if options.calibration == "auto" else (options.calibration,)
+        own = _own(placement)
         counts: dict[str, FloatArray] = {}
-        if self.options.calibration != "minmax":
+        if methods != ("minmax",):
             watched = {name: self.observed[name] for name in own}
-            counts = histograms(self.model, watched, self.data, batch, self._progress(30, 80, batch))
-        for name in own:
-            entry = self.observed[name]
-            low, high = choose_range(
-                entry.low, entry.high, counts.get(name), self.options.calibration, self.options.percentile
+            counts = histograms(self.model, watched, self.data, batch, self._progress(30, 60, batch))
+        split = self._split(batch)
+        if len(methods) == 1 and not options.bias_correction:
+            self._set_codes(placement, counts, methods[0])
+            return {}
+        trials: list[tuple[float, Method, dict[str, TensorCode], dict[str, FloatArray]]] = []
+        for index, method in enumerate(methods):
+            self._set_codes(placement, counts, method)
+            error, found = self._correct(split)
+            trials.append((error, method, self.codes, found))
+            self.context.progress(60 + 40 * (index + 1) // len(methods), 100)
+        error, method, self.codes, found = min(trials, key=lambda trial: trial[0])
+        self.outcome.numbers["output error on held-back samples"] = error
+        if len(methods) > 1:
+            self.outcome.change("calibration", "model", f"ranges by {method}, which has the least output error")
+        if options.bias_correction and not found:
+            why = (
+                "it does not lower the output error on held-back samples" if split.honest else "there is one feed only"
             )
+            self.outcome.refuse("bias correction", "model", why)
+        return found
+
+    def _set_codes(self, placement: Placement, counts: dict[str, FloatArray], method: Method) -> None:
+        """Choose the code of every tensor that carries one; by its extremes where there is no histogram."""
+        self.codes = {}
+        for name in _own(placement):
+            entry = self.observed[name]
+            low, high = choose_range(entry.low, entry.high, counts.get(name), method, self.options.percentile)
             chain = placement.chains.get(name)
             self.codes[name] = chain_code(chain, low, high) if chain else code_of_range(low, high)
         self._share_concat(placement)
@@ -264,53 +297,55 @@ class _Run:
     def _emitter(self, model: Model, placement: Placement, found: dict[str, FloatArray]) -> Emitter:
         return Emitter(model, placement, self.codes, found, 63 if self.options.reduce_range else 127)
 
-    def _emitted(self, source: Model, found: dict[str, FloatArray]) -> Model:
-        result = source.copy()
-        self._emitter(result, self._place(result, None), found).emit()
+    def _emitted(self, found: dict[str, FloatArray]) -> Model:
+        result = self.model.copy()
+        self._emitter(result, self._place(result), found).emit()
         drop_value_info(result)
         return result
 
-    def _correct(self, teacher: Model, batch: int) -> dict[str, FloatArray]:
-        """Bias corrections, or none when they do not lower the error on samples that were held back."""
+    def _split(self, batch: int) -> _Split:
+        """Which batches correct, and which judge; at least one of each where there are two feeds."""
         feeds = sum(1 for _ in self.data.batches(batch))
         if feeds < 2:
             batch = max(1, self.data.samples // 4)
             feeds = sum(1 for _ in self.data.batches(batch))
         fit = max(1, int(feeds * _FIT_SHARE))
-        if feeds < 2:
-            self.outcome.refuse("bias correction", "model", "one calibration feed cannot be split into two halves")
-            return {}
-        probed = teacher.copy()
-        emitter = self._emitter(probed, self._place(probed, None), {})
+        return _Split(self.data, batch, fit, feeds)
+
+    def _correct(self, split: _Split) -> tuple[float, dict[str, FloatArray]]:
+        """The least output error on held-back samples, and the bias corrections that gave it (none: without is better)."""
+        teacher = Session(self.model)
+        error = output_error(teacher, Session(self._emitted({})), split.held())
+        corrected_ops = {anchor.node.op for anchor in self._place(self.model).anchors.values()} & {"Conv", "Gemm"}
+        if not (self.options.bias_correction and split.honest and corrected_ops):
+            return error, {}
+        probed, watched = self.model.copy(), self.model.copy()
+        emitter = self._emitter(probed, self._place(probed), {})
         emitter.probes = {}
         emitter.emit()
         drop_value_info(probed)
-        watched = teacher.copy()
-        found = corrections(
-            watched,
-            self._place(watched, None),
-            probed,
-            emitter.probes,
-            itertools.islice(self.data.batches(batch), fit),
-        )
-        self.context.progress(90, 100)
-        true = Session(teacher)
-        errors = [
-            output_error(
-                true, Session(self._emitted(teacher, each)), itertools.islice(self.data.batches(batch), fit, None)
-            )
-            for each in ({}, found)
-        ]
-        self.context.progress(100, 100)
-        self.outcome.numbers |= {
-            "output error before correction": errors[0],
-            "output error after correction": errors[1],
-        }
-        if errors[1] < errors[0]:
-            return found
-        why = f"it would raise the output error on held-back samples from {errors[0]:.3g} to {errors[1]:.3g}"
-        self.outcome.refuse("bias correction", "model", why)
-        return {}
+        found = corrections(watched, self._place(watched), probed, emitter.probes, split.fit())
+        corrected = output_error(teacher, Session(self._emitted(found)), split.held())
+        return (corrected, found) if corrected < error else (error, {})
+
+    def _worst(self, placement: Placement, split: _Split) -> tuple[str, ...]:
+        """The layers that raise the output error most when each is quantized alone, as many as are to stay float."""
+        teacher = Session(self.model)
+        errors: dict[str, float] = {}
+        started = time.monotonic()
+        for name in placement.anchors:
+            if time.monotonic() - started > _SENSITIVITY_SECONDS:
+                why = f"only {len(errors)} of {len(placement.anchors)} layers were tried in {_SENSITIVITY_SECONDS} s"
+                self.outcome.refuse("sensitivity", "model", why)
+                break
+            alone = self.model.copy()
+            self.kept = tuple(other for other in placement.anchors if other != name)
+            single = self._place(alone)
+            self._set_codes(single, {}, "percentile")
+            self._emitter(alone, single, {}).emit()
+            drop_value_info(alone)
+            errors[name] = output_error(teacher, Session(alone), itertools.islice(split.held(), 2))
+        return tuple(sorted(errors, key=lambda name: -errors[name])[: self.options.keep_float])
 
     def _note(self, placement: Placement) -> None:
         for name, anchor in placement.anchors.items():
@@ -324,6 +359,30 @@ class _Run:
         ops.update(node.op for chain in placement.chains.values() for node in chain.nodes)
         for op, count in sorted(ops.items()):
             self.outcome.change("qdq", op, f"{count} {op} between them run on int8 codes")
+
+
+@dataclass(frozen=True)
+class _Split:
+    """The calibration data in two parts: the first ``count`` batches to fit on, the others to judge by."""
+
+    data: Dataset
+    batch: int
+    count: int
+    feeds: int
+
+    @property
+    def honest(self) -> bool:
+        """Whether the parts are disjoint; a single feed has to serve as both."""
+        return self.feeds > self.count
+
+    def fit(self) -> Iterator[dict[str, np.ndarray]]:
+        """The batches to fit on."""
+        return itertools.islice(self.data.batches(self.batch), min(self.count, _MOST_FIT))
+
+    def held(self) -> Iterator[dict[str, np.ndarray]]:
+        """The batches to judge by."""
+        start = self.count if self.honest else 0
+        return itertools.islice(self.data.batches(self.batch), start, start + _MOST_HELD)
 
 
 @dataclass
@@ -340,6 +399,26 @@ class _Progress:
         self.done += 1
         share = min(1.0, self.done / self.batches)
         self.context.progress(round(self.start + share * (self.end - self.start)), 100)
+
+
+def _hoist(model: Model) -> None:
+    """Turn Constant nodes into initializers of the graph that they were in, which nested bodies may share."""
+    homes = [
+        (graph, node.outputs[0])
+        for graph in model.graphs()
+        for node in graph.nodes
+        if node.op == "Constant" and not node.domain and node.outputs
+    ]
+    hoist_constants(model)
+    for graph, tensor in homes:
+        listed = graph.__dict__.setdefault("initializers", [])
+        if isinstance(tensor, gs.Constant) and not any(tensor is other for other in listed):
+            listed.append(tensor)
+
+
+def _own(placement: Placement) -> list[str]:
+    """The tensors with a code of their own, sorted."""
+    return [name for name in sorted(placement.carried | placement.fed) if not _inherits(placement, name)]
 
 
 def _inherits(placement: Placement, name: str) -> bool:

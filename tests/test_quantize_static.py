@@ -1,0 +1,620 @@
+"""Static int8: placement, arithmetic, calibration, refusals, against ONNX Runtime and the float model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxslim import Model, load
+from onnxslim.data import open_dataset
+from onnxslim.passes._calibration import choose_range, observe
+from onnxslim.passes._opset import raise_opset
+from onnxslim.passes._qdq import code_of_range, quantize_weight
+from onnxslim.passes.base import Context, Outcome
+from onnxslim.passes.quantize_static import QuantizeStatic
+from onnxslim.runtime import Session
+
+FLOAT = TensorProto.FLOAT
+
+
+class Builder:
+    """Collects nodes and random weights into a small model."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.random = np.random.default_rng(seed)
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.in_nodes = False
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        tensor = numpy_helper.from_array(np.asarray(value), name)
+        if self.in_nodes:
+            self.nodes.append(helper.make_node("Constant", [], [name], value=tensor))
+        else:
+            self.initializers.append(tensor)
+        return name
+
+    def weight(self, name: str, *shape: int, gain: float = 1.0) -> str:
+        fan = int(np.prod(shape[1:])) or 1
+        return self.constant(name, (gain * self.random.normal(size=shape) / np.sqrt(fan)).astype(np.float32))
+
+    def node(self, op: str, inputs: list[str], output: str, **attributes: object) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [output], output, **attributes))
+        return output
+
+    def conv(self, source: str, output: str, cin: int, cout: int, *, kernel: int = 3, groups: int = 1) -> str:
+        weight = self.weight(f"{output}_w", cout, cin // groups, kernel, kernel)
+        bias = self.constant(f"{output}_b", self.random.normal(size=cout).astype(np.float32) * 0.1)
+        pads = [kernel // 2] * 4
+        return self.node("Conv", [source, weight, bias], output, kernel_shape=[kernel] * 2, pads=pads, group=groups)
+
+    def model(self, inputs: dict[str, list], outputs: dict[str, list], *, opset: int = 17, kinds: dict | None = None):
+        kinds = kinds or {}
+        graph = helper.make_graph(
+            self.nodes,
+            "test",
+            [helper.make_tensor_value_info(name, kinds.get(name, FLOAT), shape) for name, shape in inputs.items()],
+            [helper.make_tensor_value_info(name, kinds.get(name, FLOAT), shape) for name, shape in outputs.items()],
+            self.initializers,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+        onnx.checker.check_model(model)
+        return model
+
+
+def images(count: int = 16, channels: int = 3, size: int = 12, seed: int = 1) -> list[dict[str, np.ndarray]]:
+    random = np.random.default_rng(seed)
+    return [{"x": random.normal(size=(1, channels, size, size)).astype(np.float32)} for _ in range(count)]
+
+
+def quantize(proto: onnx.ModelProto, feeds: list[dict[str, np.ndarray]], **options: object) -> tuple[Model, Outcome]:
+    model = load(proto)
+    data = open_dataset(feeds, Session(model).specs)
+    outcome = QuantizeStatic(**options).run(model, Context(calibration=data))  # type: ignore[arg-type]
+    result = model.to_proto()
+    onnx.checker.check_model(result)
+    assert len(result.SerializeToString()) <= len(proto.SerializeToString())
+    return model, outcome
+
+
+def decibels(before: onnx.ModelProto, after: Model, feeds: list[dict[str, np.ndarray]]) -> float:
+    one, two = Session(before), Session(after)
+    noise = signal = 0.0
+    for feed in feeds:
+        got = two.run(feed)
+        for name, value in one.run(feed).items():
+            assert got[name].shape == value.shape
+            noise += float(np.square(got[name] - value).sum())
+            signal += float(np.square(value).sum())
+    return 10 * np.log10(signal / max(noise, 1e-30))
+
+
+def fused(model: Model, tmp_path: Path) -> Counter[str]:
+    """The ops that ONNX Runtime runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(model.to_proto().SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+def ops(model: Model) -> Counter[str]:
+    return Counter(node.op for graph in model.graphs() for node in graph.nodes)
+
+
+def whys(outcome: Outcome) -> str:
+    return " | ".join(f"{refusal.node}: {refusal.why}" for refusal in outcome.refusals)
+
+
+def mobile_block(*, in_nodes: bool = False, opset: int = 17, batch: object = "N", size: object = 12):
+    """Conv, Relu, depthwise, Clip, Conv, residual Add, pooling, Gemm."""
+    b = Builder()
+    b.in_nodes = in_nodes
+    b.node("Relu", [b.conv("x", "c1", 3, 32)], "r1")
+    b.conv("r1", "c2", 32, 32, groups=32)
+    if opset >= 11:
+        b.node("Clip", ["c2", b.constant("zero", np.float32(0)), b.constant("six", np.float32(6))], "r2")
+    else:
+        b.node("Clip", ["c2"], "r2", min=0.0, max=6.0)
+    b.conv("r2", "c3", 32, 32, kernel=1)
+    b.node("Add", ["r1", "c3"], "sum")
+    b.node("GlobalAveragePool", ["sum"], "pool")
+    b.node("Flatten", ["pool"], "flat", axis=1)
+    fc = b.weight("fc_w", 64, 32)
+    b.node("Gemm", ["flat", fc, b.constant("fc_b", np.ones(64, np.float32))], "y", transB=1)
+    return b.model({"x": [batch, 3, size, size]}, {"y": [batch, 64]}, opset=opset)
+
+
+# ------------------------------------------------------------------------------------------------------- placement
+
+
+def test_mobile_block_fuses_completely_and_stays_close(tmp_path):
+    proto = mobile_block()
+    model, outcome = quantize(proto, images())
+    assert outcome.modified
+    assert decibels(proto, model, images(seed=5)) > 28
+    kernels = fused(model, tmp_path)
+    assert kernels["QLinearConv"] == 3
+    assert kernels["QLinearAdd"] == kernels["QLinearGlobalAveragePool"] == kernels["QGemm"] == 1
+    assert not {"Conv", "Relu", "Clip", "Add", "Gemm", "DequantizeLinear"} & set(kernels)
+    assert outcome.numbers["nodes quantized"] == 4
+    assert outcome.numbers["share of MACs quantized (estimate)"] == pytest.approx(1.0)
+
+
+def test_fused_kernels_give_what_the_standard_ops_say():
+    model, _ = quantize(mobile_block(), images())
+    plain, fast = Session(model, optimize=False), Session(model)
+    for feed in images(seed=5):
+        one, two = plain.run(feed)["y"], fast.run(feed)["y"]
+        assert np.abs(one - two).max() < 0.02 * np.abs(one).max()
+
+
+def test_inputs_and_outputs_keep_names_types_and_shapes():
+    proto = mobile_block()
+    proto.metadata_props.add(key="classes", value="a b")
+    model, _ = quantize(proto, images())
+    after = model.to_proto()
+    assert list(after.graph.input) == list(proto.graph.input)
+    assert list(after.graph.output) == list(proto.graph.output)
+    assert after.metadata_props == proto.metadata_props
+
+
+def test_weights_are_int8_per_channel_and_biases_int32():
+    model, _ = quantize(mobile_block(), images())
+    proto = model.to_proto()
+    kinds = {t.name: t for t in proto.graph.initializer}
+    weight = numpy_helper.to_array(kinds["c1_w_q"])
+    assert weight.dtype == np.int8
+    assert (np.abs(weight).max(axis=(1, 2, 3)) == 127).all()
+    assert numpy_helper.to_array(kinds["c1_w_s"]).shape == (32,)
+    assert not any(t.data_type == FLOAT and np.prod(t.dims) > 64 for t in proto.graph.initializer)
+
+
+def test_matmul_before_float_ops_has_no_quantized_output(tmp_path):
+    b = Builder()
+    b.node("MatMul", ["x", b.weight("w", 64, 64)], "m")
+    b.node("Add", ["m", b.constant("bias", np.ones(64, np.float32))], "a")
+    b.node("Softmax", ["a"], "y", axis=-1)
+    proto = b.model({"x": ["N", 5, 64]}, {"y": ["N", 5, 64]})
+    random = np.random.default_rng(0)
+    feeds = [{"x": random.normal(size=(1, 5, 64)).astype(np.float32)} for _ in range(8)]
+    model, _ = quantize(proto, feeds)
+    assert ops(model)["QuantizeLinear"] == 1
+    assert fused(model, tmp_path)["MatMulIntegerToFloat"] == 1
+    assert decibels(proto, model, feeds) > 30
+
+
+def test_attention_mask_stays_float():
+    b = Builder()
+    b.node("MatMul", ["x", b.weight("wq", 64, 64)], "q")
+    b.node("MatMul", ["x", b.weight("wk", 64, 64)], "k")
+    b.node("Transpose", ["k"], "kt", perm=[0, 2, 1])
+    b.node("MatMul", ["q", "kt"], "scores")
+    b.node("Add", ["scores", "mask"], "masked")
+    b.node("Softmax", ["masked"], "probabilities", axis=-1)
+    b.node("MatMul", ["probabilities", "q"], "y")
+    proto = b.model({"x": ["N", 5, 64], "mask": ["N", 1, 5]}, {"y": ["N", 5, 64]})
+    random = np.random.default_rng(0)
+    feeds = []
+    for _ in range(8):
+        mask = np.where(random.random((1, 1, 5)) < 0.3, np.finfo(np.float32).min, 0).astype(np.float32)
+        feeds.append({"x": random.normal(size=(1, 5, 64)).astype(np.float32), "mask": mask})
+    model, outcome = quantize(proto, feeds)
+    assert outcome.numbers["nodes quantized"] == 2
+    assert "both of its operands are computed" in whys(outcome)
+    assert decibels(proto, model, feeds) > 25
+
+
+def test_layer_that_reads_a_mask_value_is_refused():
+    b = Builder()
+    b.node("Where", ["c", "x", b.constant("low", np.float32(-3.4e38))], "masked")
+    b.node("MatMul", ["masked", b.weight("w", 64, 64)], "m")
+    b.node("MatMul", ["x", b.weight("v", 64, 64)], "y")
+    proto = b.model({"x": ["N", 64], "c": ["N", 64]}, {"m": ["N", 64], "y": ["N", 64]}, kinds={"c": TensorProto.BOOL})
+    random = np.random.default_rng(0)
+    feeds = [
+        {"x": random.normal(size=(1, 64)).astype(np.float32), "c": random.random((1, 64)) < 0.5} for _ in range(4)
+    ]
+    _, outcome = quantize(proto, feeds, weight_only=False)
+    assert outcome.numbers["nodes quantized"] == 1
+    assert "m: MatMul: its input or output is not finite or reaches beyond 1e+06" in whys(outcome)
+
+
+def test_concat_pool_pad_resize_transpose_run_on_codes(tmp_path):
+    b = Builder()
+    b.node("Relu", [b.conv("x", "c1", 3, 32)], "r1")
+    b.conv("r1", "c2", 32, 32)
+    b.node("Concat", ["r1", "c2"], "cat", axis=1)
+    b.node("MaxPool", ["cat"], "pool", kernel_shape=[2, 2], strides=[2, 2])
+    scales = b.constant("scales", np.array([1, 1, 2, 2], np.float32))
+    b.node("Resize", ["pool", "", scales], "up", mode="nearest")
+    b.node("Transpose", ["up"], "turned", perm=[0, 1, 3, 2])
+    pads = b.constant("pads", np.array([0, 1, 1, 1, 0, 1, 1, 1], np.int64))  # of channels too: no convolution takes it
+    b.node("Pad", ["turned", pads], "padded")
+    b.conv("padded", "y", 66, 8)
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 8, 14, 14]})
+    model, _ = quantize(proto, images())
+    assert decibels(proto, model, images(seed=5)) > 28
+    kernels = fused(model, tmp_path)
+    assert kernels["QuantizeLinear"] == kernels["DequantizeLinear"] == 1
+    assert kernels["QLinearConcat"] == 1 and kernels["Pad"] == 1 and kernels["Resize"] == 1
+
+
+def test_zero_pads_become_those_of_the_convolution():
+    b = Builder()
+    pads = b.constant("pads", np.array([0, 0, 0, 0, 0, 0, 1, 1], np.int64))
+    b.node("Pad", ["x", pads], "padded")
+    b.conv("padded", "c", 3, 64)
+    b.conv("c", "y", 64, 16)
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 16, 13, 13]})
+    model, _ = quantize(proto, images())
+    assert not ops(model)["Pad"]
+    assert decibels(proto, model, images(seed=5)) > 28
+
+
+def test_hard_swish_chain_becomes_two_kernels_on_codes(tmp_path):
+    b = Builder()
+    b.conv("x", "c1", 3, 64)
+    b.node("Add", ["c1", b.constant("three", np.float32(3))], "a")
+    b.node("Clip", ["a", b.constant("zero", np.float32(0)), b.constant("six", np.float32(6))], "gate")
+    b.node("Mul", ["c1", "gate"], "m")
+    b.node("Div", ["m", "six"], "swish")
+    b.node("Mul", ["swish", b.constant("gain", np.float32(1.7))], "g")
+    b.node("Add", ["g", b.constant("shift", np.float32(0.4))], "affine")
+    b.conv("affine", "y", 64, 16, kernel=1)
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 16, 12, 12]})
+    model, _ = quantize(proto, images())
+    assert decibels(proto, model, images(seed=5)) > 25
+    kernels = fused(model, tmp_path)
+    assert kernels["QLinearConv"] == 2 and kernels["QLinearMul"] == 1
+    assert not {"Add", "Mul", "Div", "Clip"} & set(kernels)
+    plain, fast = Session(model, optimize=False), Session(model)
+    one, two = plain.run(images(1)[0])["y"], fast.run(images(1)[0])["y"]
+    assert np.abs(one - two).max() < 0.03 * np.abs(one).max()
+
+
+def test_squeeze_and_excite_gate_is_quantized_for_its_product(tmp_path):
+    b = Builder()
+    b.conv("x", "c1", 3, 64)
+    b.node("GlobalAveragePool", ["c1"], "s")
+    b.conv("s", "e1", 64, 16, kernel=1)
+    b.node("Relu", ["e1"], "e2")
+    b.conv("e2", "e3", 16, 64, kernel=1)
+    b.node("HardSigmoid", ["e3"], "gate", alpha=0.2, beta=0.5)
+    b.node("Mul", ["c1", "gate"], "scaled")
+    b.conv("scaled", "y", 64, 16, kernel=1)
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 16, 12, 12]})
+    model, _ = quantize(proto, images())
+    assert decibels(proto, model, images(seed=5)) > 25
+    kernels = fused(model, tmp_path)
+    assert kernels["QLinearMul"] == 1
+    assert not {"HardSigmoid", "Mul", "Relu"} & set(kernels)
+
+
+def test_island_between_float_ops_stays_float():
+    b = Builder()
+    b.conv("x", "c1", 3, 64)
+    b.node("Relu", ["c1"], "r")
+    b.node("Add", ["r", "r"], "twice")
+    b.node("Softmax", ["twice"], "y", axis=1)
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 64, 12, 12]})
+    model, _ = quantize(proto, images())
+    assert ops(model)["Add"] == 1
+    assert ops(model)["QuantizeLinear"] == 2  # of the input, and of the Relu that the convolution writes
+
+
+def test_output_in_the_middle_keeps_its_name_and_value():
+    b = Builder()
+    b.node("Relu", [b.conv("x", "c1", 3, 64)], "inner")
+    b.conv("inner", "y", 64, 16)
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"inner": ["N", 64, 12, 12], "c1": ["N", 64, 12, 12], "y": ["N", 16, 12, 12]})
+    model, _ = quantize(proto, images())
+    assert decibels(proto, model, images(seed=5)) > 28
+
+
+# --------------------------------------------------------------------------------------------------------- weights
+
+
+def test_weights_in_constant_nodes_are_quantized():
+    proto = mobile_block(in_nodes=True)
+    model, outcome = quantize(proto, images())
+    assert outcome.numbers["nodes quantized"] == 4
+    assert len(model.to_proto().SerializeToString()) < 0.6 * len(proto.SerializeToString())
+    assert decibels(proto, model, images(seed=5)) > 28
+
+
+def test_shared_weight_is_stored_once():
+    b = Builder()
+    weight = b.weight("w", 32, 32, 3, 3)
+    b.conv("x", "c0", 3, 32)
+    for index in range(2):
+        b.node("Conv", [f"c{index}", weight], f"c{index + 1}", kernel_shape=[3, 3], pads=[1] * 4)
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"c2": ["N", 32, 12, 12]})
+    model, _ = quantize(proto, images(), bias_correction=False)
+    stored = [t for t in model.to_proto().graph.initializer if np.prod(t.dims) == 32 * 32 * 9]
+    assert len(stored) == 1 and stored[0].data_type == TensorProto.INT8
+    assert decibels(proto, model, images(seed=5)) > 28
+
+
+def test_transposed_convolution_and_recurrent_weights_are_stored_in_int8(tmp_path):
+    b = Builder()
+    b.node("ConvTranspose", ["x", b.weight("up_w", 3, 64, 4, 4)], "y", kernel_shape=[4, 4], strides=[2, 2])
+    b.node("LSTM", ["s", b.weight("w", 1, 128, 16), b.weight("r", 1, 128, 32)], "h", hidden_size=32)
+    proto = b.model(
+        {"x": ["N", 3, 12, 12], "s": [7, 1, 16]}, {"y": ["N", 64, 26, 26], "h": [7, 1, 1, 32]}
+    )
+    random = np.random.default_rng(0)
+    feeds = [{**feed, "s": random.normal(size=(7, 1, 16)).astype(np.float32)} for feed in images(4)]
+    model, outcome = quantize(proto, feeds)
+    assert outcome.numbers["weights stored in int8 only"] == 3 * 64 * 16 + 128 * 16 + 128 * 32
+    assert decibels(proto, model, feeds) > 35
+    kernels = fused(model, tmp_path)
+    assert not {"Cast", "Mul", "DequantizeLinear"} & set(kernels)  # folded when the model is loaded: as fast as float
+
+
+@pytest.mark.parametrize("outliers", ["rows", "columns"])
+def test_embedding_is_looked_up_in_int8(outliers):
+    b = Builder()
+    table = b.random.normal(size=(500, 64)).astype(np.float32)
+    scale = np.exp(b.random.normal(size=(500, 1) if outliers == "rows" else (1, 64))).astype(np.float32)
+    b.node("Gather", [b.constant("table", table * scale), "ids"], "rows")
+    b.node("ReduceMean", ["rows"], "y", axes=[1], keepdims=0)
+    proto = b.model({"ids": ["N", "T"]}, {"y": ["N", 64]}, kinds={"ids": TensorProto.INT64})
+    feeds = [{"ids": b.random.integers(0, 500, (1, length))} for length in (3, 5, 9)]
+    model, outcome = quantize(proto, feeds)
+    assert decibels(proto, model, feeds) > 38
+    assert f"one scale a {outliers[:-1]}" in outcome.changes[0].what
+    assert len(model.to_proto().SerializeToString()) < 0.3 * len(proto.SerializeToString())
+
+
+def test_all_but_dead_channel_with_a_large_bias_does_not_overflow():
+    b = Builder()
+    weight = b.random.normal(size=(64, 3, 3, 3)).astype(np.float32)
+    weight[5] = 1e-30
+    bias = np.full(64, 2.0, np.float32)
+    b.node("Conv", ["x", b.constant("w", weight), b.constant("b", bias)], "c", kernel_shape=[3, 3])
+    b.conv("c", "y", 64, 16)
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 16, 10, 10]})
+    model, _ = quantize(proto, images())
+    assert decibels(proto, model, images(seed=5)) > 28
+
+
+def test_gemm_factors_are_multiplied_into_weight_and_bias(tmp_path):
+    b = Builder()
+    inputs = ["x", b.weight("w", 64, 48), b.constant("c", np.float32(0.7))]
+    b.node("Gemm", inputs, "y", alpha=0.5, beta=2.0)
+    proto = b.model({"x": ["N", 64]}, {"y": ["N", 48]})
+    random = np.random.default_rng(0)
+    feeds = [{"x": random.normal(size=(1, 64)).astype(np.float32)} for _ in range(8)]
+    model, _ = quantize(proto, feeds)
+    assert decibels(proto, model, feeds) > 32
+    assert fused(model, tmp_path)["QGemm"] == 1
+
+
+def test_reduce_range_uses_seven_bits_and_per_tensor_one_scale():
+    model, _ = quantize(mobile_block(), images(), reduce_range=True, per_channel=False)
+    kinds = {t.name: numpy_helper.to_array(t) for t in model.to_proto().graph.initializer}
+    assert np.abs(kinds["c1_w_q"]).max() == 63
+    assert kinds["c1_w_s"].shape == ()
+
+
+# ----------------------------------------------------------------------------------------------------- calibration
+
+
+def test_ragged_feeds_and_dynamic_sizes():
+    proto = mobile_block(size="S")
+    feeds = [image for size in (8, 12, 20) for image in images(3, size=size)]
+    model, outcome = quantize(proto, feeds)
+    assert outcome.numbers["calibration samples"] == 9
+    batch = [{"x": np.concatenate([feed["x"] for feed in images(4, size=16)])}]
+    assert decibels(proto, model, batch) > 25
+
+
+def test_extremes_of_all_feeds_are_observed():
+    proto = mobile_block()
+    model = load(proto)
+    feeds = images(3)
+    feeds[1]["x"][0, 0, 0, 0] = 50.0
+    seen = observe(model, ["x", "r1"], feeds, lambda: None)
+    assert seen["x"].high == 50.0
+    assert seen["x"].low == min(feed["x"].min() for feed in feeds)
+    assert seen["r1"].low == 0.0
+    assert seen["r1"].shape == (1, 32, 12, 12) and seen["r1"].elements == 32 * 144
+
+
+def test_mse_range_cuts_an_outlier_and_minmax_does_not():
+    random = np.random.default_rng(0)
+    values = np.append(np.abs(random.normal(size=100_000)), 40.0)
+    counts = np.histogram(values, 2048, (0, 40))[0].astype(float)
+    low, high = choose_range(0.0, 40.0, counts, "mse", 99.99)
+    assert low == 0.0 and high < 20
+    assert choose_range(0.0, 40.0, counts, "minmax", 99.99) == (0.0, 40.0)
+    assert choose_range(0.0, 40.0, counts, "percentile", 99.9)[1] < 5
+
+
+def test_code_of_range_holds_zero_and_both_ends():
+    code = code_of_range(-1.3, 4.2).read
+    codes = np.array([0, 255])
+    assert code.scale * (codes - code.zero) == pytest.approx([-1.3, 4.2], abs=code.scale)
+    assert code_of_range(0.0, 0.0).read.scale == 1.0
+
+
+def test_weight_codes_are_within_half_a_quantum():
+    weight = np.random.default_rng(0).normal(size=(8, 4, 3, 3)).astype(np.float32)
+    codes, scale = quantize_weight(weight, 0)
+    assert np.abs(codes * scale.reshape(-1, 1, 1, 1) - weight).max() <= 0.5001 * scale.max()
+
+
+def test_bias_correction_restores_means_and_lowers_the_error():
+    b = Builder(3)
+    source = "x"
+    for index in range(5):
+        cin = 3 if index == 0 else 32
+        source = b.node("Relu", [b.conv(source, f"c{index}", cin, 32)], f"r{index}")
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"r4": ["N", 32, 12, 12]})
+    options = {"calibration": "percentile", "percentile": 97.0}  # clips, so that means shift
+    feeds, test = images(32), images(seed=9)
+    plain, _ = quantize(proto, feeds, bias_correction=False, **options)
+    corrected, outcome = quantize(proto, feeds, **options)
+    assert "bias correction" not in {refusal.rule for refusal in outcome.refusals}
+    assert decibels(proto, corrected, test) > decibels(proto, plain, test) + 1
+
+
+def test_two_runs_give_the_same_model():
+    one, two = (quantize(mobile_block(), images())[0].to_proto().SerializeToString() for _ in range(2))
+    assert one == two
+
+
+def test_sensitive_layers_can_be_kept_in_float():
+    milder = QuantizeStatic().weaker()
+    assert milder is not None and milder.keep_float == 2
+    last = milder.weaker().weaker()
+    assert last.keep_float == 8 and last.weaker() is None
+    proto = mobile_block()
+    whole, _ = quantize(proto, images())
+    model, outcome = quantize(proto, images(), keep_float=2)
+    assert outcome.numbers["nodes quantized"] == 2
+    assert "among the 2 layers that add most error" in whys(outcome)
+    assert decibels(proto, model, images(seed=5)) > decibels(proto, whole, images(seed=5))
+
+
+# ----------------------------------------------------------------------------------------------------------- opset
+
+
+def test_opset_11_model_is_raised_and_quantized():
+    proto = mobile_block(opset=11)
+    model, outcome = quantize(proto, images())
+    assert model.opset == 13
+    assert outcome.numbers["nodes quantized"] == 4
+    assert decibels(proto, model, images(seed=5)) > 28
+
+
+def test_opset_9_model_is_raised_and_quantized():
+    proto = mobile_block(opset=9)
+    model, _ = quantize(proto, images())
+    assert model.opset == 13
+    assert decibels(proto, model, images(seed=5)) > 28
+
+
+def test_raising_keeps_the_numbers_of_every_op_that_changed():
+    b = Builder()
+    b.node("Softmax", ["x"], "flattened", axis=1)
+    b.node("LogSoftmax", ["x"], "last", axis=3)
+    b.node("ReduceSum", ["x"], "reduced", axes=[2], keepdims=1)
+    b.node("Unsqueeze", ["x"], "more", axes=[0])
+    b.node("Squeeze", ["more"], "fewer", axes=[0])
+    b.nodes.append(helper.make_node("Split", ["x"], ["left", "right"], "split", axis=3, split=[1, 5]))
+    b.node("Slice", ["x"], "slice", starts=[1], ends=[3], axes=[2])
+    b.node("Pad", ["x"], "pad", pads=[0, 0, 1, 1, 0, 0, 0, 2], value=1.5)
+    b.node("Clip", ["x"], "clip", max=0.5)
+    b.nodes.append(helper.make_node("TopK", ["x", b.constant("k", np.array([2], np.int64))], ["top", "_"], "top"))
+    b.node("Upsample", ["x", b.constant("scales", np.array([1, 1, 2, 2], np.float32))], "up", mode="nearest")
+    b.node("Dropout", ["x"], "drop", ratio=0.3)
+    b.nodes = [node for node in b.nodes if node.op_type not in ("TopK", "Slice", "Clip", "Pad")] + [
+        node for node in b.nodes if node.op_type in ("Slice", "Clip", "Pad")
+    ]
+    names = ["flattened", "last", "reduced", "fewer", "left", "right", "slice", "pad", "clip", "up", "drop"]
+    proto = b.model({"x": [2, 3, 4, 6]}, {name: None for name in names}, opset=9)
+    model = load(proto)
+    assert raise_opset(model) is None
+    feed = {"x": np.random.default_rng(0).normal(size=(2, 3, 4, 6)).astype(np.float32)}
+    before, after = Session(proto).run(feed), Session(model).run(feed)
+    for name in names:
+        np.testing.assert_allclose(after[name], before[name], rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_too_old_model_is_refused_but_its_weights_are_stored_in_int8():
+    proto = mobile_block(opset=9)
+    proto.opset_import[0].version = 8
+    model, outcome = quantize(proto, images(4))
+    assert model.opset == 8
+    assert "the model is at opset 8" in whys(outcome)
+    assert not ops(model)["QuantizeLinear"]
+    assert outcome.numbers["weights stored in int8 only"] > 0
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_quantized_model_is_left_alone():
+    model, _ = quantize(mobile_block(), images())
+    before = model.to_proto()
+    again, outcome = quantize(before, images())
+    assert not outcome.modified
+    assert "quantized already" in whys(outcome)
+    assert again.to_proto() == before
+
+
+def test_tiny_model_never_grows():
+    b = Builder()
+    b.node("Gemm", ["x", b.weight("w", 4, 4)], "y")
+    proto = b.model({"x": ["N", 4]}, {"y": ["N", 4]})
+    feeds = [{"x": np.ones((1, 4), np.float32)}] * 4
+    model, outcome = quantize(proto, feeds)
+    assert not outcome.modified and outcome.refusals
+    assert model.to_proto() == proto
+
+
+def test_result_that_is_no_smaller_is_given_back():
+    b = Builder()
+    for index in range(2):  # little weight, much arithmetic: int8 would be worth it, but not smaller
+        b.conv("x" if index == 0 else "c0", f"c{index}", 3 if index == 0 else 4, 4)
+    proto = b.model({"x": ["N", 3, 64, 64]}, {"c1": ["N", 4, 64, 64]})
+    model, outcome = quantize(proto, images(4, size=64))
+    assert not outcome.modified
+    assert "no smaller" in whys(outcome)
+    assert model.to_proto() == proto
+
+
+def test_body_of_if_is_refused_but_its_weights_are_stored_in_int8():
+    b = Builder()
+    inner = Builder(1)
+    inner.node("MatMul", ["x", inner.weight("w", 64, 64)], "then_y")
+    then = helper.make_graph(
+        inner.nodes, "then", [], [helper.make_tensor_value_info("then_y", FLOAT, None)], inner.initializers
+    )
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["else_y"])],
+        "else",
+        [],
+        [helper.make_tensor_value_info("else_y", FLOAT, None)],
+    )
+    b.nodes.append(helper.make_node("If", ["c"], ["y"], "if", then_branch=then, else_branch=other))
+    proto = b.model({"x": ["N", 64], "c": []}, {"y": ["N", 64]}, kinds={"c": TensorProto.BOOL})
+    feeds = [{"x": np.random.default_rng(0).normal(size=(1, 64)).astype(np.float32), "c": np.array(True)}]
+    model, outcome = quantize(proto, feeds)
+    assert "in a body" in whys(outcome)
+    assert outcome.numbers["weights stored in int8 only"] == 64 * 64
+    assert decibels(proto, model, feeds) > 35
+
+
+def test_excluded_nodes_stay_as_they_are():
+    model, outcome = quantize(mobile_block(), images(), exclude=("c2", "Gemm"))
+    assert outcome.numbers["nodes quantized"] == 2
+    assert "c2: Conv: it is excluded" in whys(outcome)
+    assert not any(t.name.startswith("fc_w_") for t in model.to_proto().graph.initializer)
+
+
+def test_weight_that_a_caller_may_override_is_refused():
+    proto = mobile_block()
+    weight = next(t for t in proto.graph.initializer if t.name == "c3_w")
+    proto.graph.input.append(helper.make_tensor_value_info("c3_w", FLOAT, list(weight.dims)))
+    model, outcome = quantize(proto, images())
+    assert "c3: Conv: its weight is not constant" in whys(outcome)
+    assert decibels(proto, model, images(seed=5)) > 28
+
+
+def test_model_without_weights_says_so():
+    b = Builder()
+    b.node("Relu", ["x"], "y")
+    proto = b.model({"x": ["N", 4]}, {"y": ["N", 4]})
+    model, outcome = quantize(proto, [{"x": np.ones((1, 4), np.float32)}])
+    assert "no Conv, Gemm or MatMul" in whys(outcome)
+    assert model.to_proto() == proto
+    assert not QuantizeStatic().run(load(proto), Context()).modified
