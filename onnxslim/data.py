@@ -619,8 +619,9 @@ def _check_names(where: str, names: set[str], inputs: Sequence[TensorSpec]) -> N
     known = [spec.name for spec in inputs]
     listed = ", ".join(repr(name) for name in known) or "none"
     for name in sorted(names - set(known)):
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
+        folded = {other.lower(): other for other in known}
+        close = difflib.get_close_matches(name.lower(), folded, n=1)
+        hint = f"; did you mean {folded[close[0]]!r}?" if close else "."
         raise DataError(f"{where}: {name!r} is not an input of the model (inputs: {listed}){hint}")
     missing = [spec.name for spec in inputs if not spec.optional and spec.name not in names]
     if missing:
