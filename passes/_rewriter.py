@@ -354,6 +354,49 @@ class Rewriter:
             self._home[id(tensor)] = scope
             self._keep.append(tensor)
 
+    def inline_body(self, node: gs.Node, body: gs.Graph) -> bool:
+        """Put the nodes of a body without inputs in the place of its If; every name that it defines becomes a new one.
+
+        False, and nothing changed, where the body has initializers and lies in a function, which cannot hold them, or
+        quantization annotations.
+        """
+        scope = self.scope(node)
+        inner = next(each for each in self._bodies[id(node)] if each.graph is body)
+        members = [*inner.prologue, *body.nodes]
+        members = [each for each in members if id(each) not in self._removed]
+        used = [*body.__dict__.get("initializers", ()), *(tensor for each in members for tensor in each.inputs)]
+        used += body.outputs
+        constants = {id(t): t for t in used if isinstance(t, gs.Constant) and self.home(t) is inner}
+        header = body.__dict__.get("header")
+        if (constants and scope.in_function) or (header is not None and header.quantization_annotation):
+            return False
+        if constants:
+            scope.graph.initializers = [*scope.graph.__dict__.get("initializers", ()), *constants.values()]
+        self._bodies[id(node)].remove(inner)
+        for tensor in body.outputs:
+            self._outputs[id(tensor)].remove(inner)
+        for tensor in (*constants.values(), *(tensor for each in members for tensor in each.outputs)):
+            if not tensor.is_empty() and self.home(tensor) is inner:
+                tensor.name = self.model.fresh_name(tensor.name)
+                scope.names[tensor.name] = id(tensor)
+                self._home[id(tensor)] = scope
+        results = list(node.outputs)
+        self.remove(node)
+        for result, tensor in zip(results, body.outputs, strict=True):
+            copy = gs.Node("Identity", self.model.fresh_name(f"{result.name}_copy"), {}, [tensor], [result])
+            self._order[id(copy)] = max((self._order[id(each)] for each in members), default=self._order[id(node)])
+            members.append(copy)
+        for each in members:
+            self._scope[id(each)] = scope
+            each.name = self.model.fresh_name(each.name) if each.name else each.name
+            for nested in self._bodies.get(id(each), ()):
+                nested.parent = scope
+            self.wake(each)
+        place = next(index for index, each in enumerate(scope.graph.nodes) if each is node)
+        scope.graph.nodes[place : place + 1] = members
+        self.scopes.remove(inner)
+        return True
+
     def finish(self) -> None:
         """Write the lists of nodes back to the graphs."""
         for scope in self.scopes:

@@ -12,6 +12,7 @@ from onnxslim.passes._rewriter import Rewriter
 from onnxslim.passes._rules import Rule, apply_rules
 from onnxslim.passes._rules_batchnorm import BATCHNORM_RULES
 from onnxslim.passes._rules_chain import CHAIN_RULES
+from onnxslim.passes._rules_control import CONTROL_RULES
 from onnxslim.passes._rules_merge import merge_initializers, merge_nodes
 from onnxslim.passes._rules_noop import NOOP_RULES
 from onnxslim.passes.base import Context, Outcome, Pass
@@ -20,7 +21,7 @@ __all__ = ["Simplify"]
 
 
 class Simplify(Pass):
-    """Remove what changes nothing: dead code, no-ops, duplicates; fold BatchNormalization into weights.
+    """Remove what changes nothing: dead code, no-ops, duplicates, dead branches; fold BatchNormalization into weights.
 
     Small rules (``match``, check, rewrite) are applied from a worklist until none fires, in the main graph, in the
     bodies of If, Loop and Scan and in local functions alike. Each drops or merges nodes only where the result is
@@ -60,7 +61,7 @@ class Simplify(Pass):
 def _sweep(model: Model, outcome: Outcome) -> None:
     """Apply all rules with the shapes that are known now."""
     rewriter = Rewriter(model)
-    rules: tuple[Rule, ...] = (*NOOP_RULES, *CHAIN_RULES, *BATCHNORM_RULES, merge_nodes())
+    rules: tuple[Rule, ...] = (*NOOP_RULES, *CHAIN_RULES, *CONTROL_RULES, *BATCHNORM_RULES, merge_nodes())
     merge_initializers(rewriter, outcome)
     while True:
         outcome.refusals.clear()

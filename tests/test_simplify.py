@@ -293,6 +293,36 @@ def test_a_name_that_a_body_defines_itself_is_not_captured():
     assert "o" in {tensor.name for node in bodies[0].nodes for tensor in node.inputs}
 
 
+@pytest.mark.parametrize("flag", [0, 1])
+def test_an_if_that_always_goes_one_way_is_inlined(flag):
+    source = parse(
+        f"""g (bool d, float[n] x) => (float[n] y, float[n] z) {{
+            c = Constant<value = bool {{{flag}}}>()
+            a = Exp(x)
+            y, q = If(c) <
+                then_branch = t () => (float[n] p, float[n] k) {{
+                    a1 = Add(x, w) p = If(d) <
+                        then_branch = t2 () => (float[n] b) {{ b = Mul(a1, a) }},
+                        else_branch = e2 () => (float[n] b) {{ b = Sub(a1, a) }}
+                    >
+                    k = Identity(a)
+                }},
+                else_branch = e () => (float[n] p, float[n] k) {{ a1 = Neg(a) p = Abs(a1) k = Identity(x) }}
+            >
+            a1 = Relu(q)
+            r = If(d) <
+                then_branch = t3 () => (float[n] p) {{ p = Neg(a1) }},
+                else_branch = e3 () => (float[n] p) {{ p = Abs(a1) }}
+            >
+            z = Add(r, y)
+        }}""",
+        w=plain(1),
+    )
+    feeds = [{"d": np.array(which), "x": plain(5)} for which in (True, False)]
+    model, _ = rewrite(source, Simplify(), feeds=feeds)
+    assert ops(model)["If"] == (2 if flag else 1)
+
+
 def test_a_loop_keeps_its_passed_through_condition():
     source = parse(
         """g (int64 m, float[n] x) => (float[n] y) {
