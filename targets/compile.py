@@ -83,16 +83,17 @@ def _build(
     start = time.perf_counter()
     prepared = prepare(as_proto(model), shapes)
     _refuse(prepared, target)
-    module = import_model(prepared)
+    try:
+        module = import_model(prepared)
+        executable = lower(module, target)
+    except TargetError as error:
+        raise TargetError(f"{error}{_open_axes(prepared)}") from None
     outputs = [
         TensorEntry(name=tensor.name, dtype=dtype, shape=shape)
         for tensor, (dtype, shape) in zip(prepared.outputs, output_signature(module), strict=True)
     ]
     with bundles.new_folder(output) as stage:
-        try:
-            build_library(lower(module, target), stage / LIBRARY, target.link)
-        except TargetError as error:
-            raise TargetError(f"{error}{_open_axes(prepared)}") from None
+        build_library(executable, stage / LIBRARY, target.link)
         seconds = time.perf_counter() - start
         notes = prepared.notes + _add_runtime(stage, target)
         manifest = Manifest(
@@ -203,7 +204,8 @@ def _model_sha256(model: Model | ModelProto | str | Path) -> str:
 
 
 def _cache_key(digest: str, target: Target, shapes: dict[str, list[int]] | None) -> str:
-    parts = [digest, target.model_dump(mode="json"), shapes or {}, PINS, _PIPELINE]
+    runtime = bool(runtime_libraries(target.machine))
+    parts = [digest, target.model_dump(mode="json"), shapes or {}, PINS, runtime, _PIPELINE]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=sorted).encode()).hexdigest()[:32]
 
 

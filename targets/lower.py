@@ -50,16 +50,20 @@ def import_model(prepared: Prepared) -> Any:
             except Exception as error:
                 raise _NodeError(op_name, str(attrs.get("tvm_custom", {}).get("name", "")), error) from error
 
+    importer = Importer({}, "float32")
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            importer = Importer({}, "float32")
+        with contextlib.redirect_stdout(io.StringIO()), _quiet_warnings():
             return importer.from_onnx(prepared.proto.graph, opset_of(prepared.proto))
     except _NodeError as error:
         where = prepared.labels.get(error.node, error.node)
         raise TargetError(f"TVM cannot import {error.op} (node {where}): {_sentence(error.cause)}") from None
     except Exception as error:
         raise TargetError(f"TVM cannot import the model: {_sentence(error)}") from None
+    finally:
+        # A block that a failure left open would be complained about on the terminal.
+        with contextlib.suppress(Exception):
+            while importer.bb._end_block() is not None:
+                pass
 
 
 def output_signature(module: Any) -> Signature:

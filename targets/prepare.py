@@ -87,8 +87,10 @@ def prepare(proto: ModelProto, shapes: dict[str, list[int]] | None = None) -> Pr
     _remove_dead(proto.graph)
     inferred = _infer(proto)
     types = {value.name: value for value in inferred.graph.output} if inferred else {}
-    outputs = [_describe(types.get(value.name, value)) for value in proto.graph.output]
-    return Prepared(proto, [_describe(value) for value in proto.graph.input], outputs, labels, notes)
+    for value in proto.graph.output:
+        value.CopyFrom(types.get(value.name, value))
+    inputs, outputs = ([_describe(value) for value in values] for values in (proto.graph.input, proto.graph.output))
+    return Prepared(proto, inputs, outputs, labels, notes)
 
 
 def opset_of(proto: ModelProto) -> int:

@@ -24,7 +24,7 @@ from onnxslim.targets.runtime_libs import runtime_libraries
 __all__ = ["Verification", "emulator", "verify"]
 
 # Another order of additions costs a float network about 20 dB of its 140; half precision has 60 to lose from.
-_FLOAT_SQNR_DB = {"float64": 70.0, "float32": 70.0, "float16": 35.0, "bfloat16": 25.0}
+_FLOAT_SQNR_DB = {"float64": 80.0, "float32": 80.0, "float16": 35.0, "bfloat16": 25.0}
 # In a quantized network a sum that differs in its last bit now and then rounds to the next quantum, and the network
 # goes on with that. Two right implementations differ by less than the quantization itself does: some 30 to 45 dB.
 _QUANTIZED_SQNR_DB = 22.0
@@ -157,7 +157,7 @@ class _Comparison:
         self._noise[name] = self._noise.get(name, 0.0) + noise
         if exact and not self.quantized:
             return f"{said} differs by up to {largest:g} and should be equal" if noise else ""
-        limit = _QUANTIZED_SQNR_DB if self.quantized else _FLOAT_SQNR_DB.get(str(reference.dtype), 70.0)
+        limit = _QUANTIZED_SQNR_DB if self.quantized else _FLOAT_SQNR_DB.get(str(reference.dtype), 80.0)
         ratio = _decibel(signal, noise)
         # Numbers next to nothing are all rounding.
         if ratio < limit and largest > 1e-7:
