@@ -1,8 +1,8 @@
 """Ranges of activations, measured in a stream: memory is bounded by the model, never by the number of samples.
 
-Pass one runs the model with ReduceMin, ReduceMax and Shape behind every watched tensor, so that nothing large leaves ONNX
-Runtime. Pass two fetches the tensors themselves, a chunk of them at a time, and keeps a histogram of each. What is not
-finite is counted as absent. Feeds may differ in shape.
+Pass one runs the model with ReduceMin, ReduceMax and Shape behind every watched tensor, so that nothing large leaves
+ONNX Runtime. Pass two fetches the tensors themselves, a chunk of them at a time, and keeps a histogram of each. A tensor
+that was ever not finite is marked so. Feeds may differ in shape.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Histogram = NDArray[np.float64]
 BINS = 2048
 _CHUNK_BYTES = 128 << 20  # of activations fetched at once in pass two
 _DRAWN = 1 << 16  # elements drawn from one tensor of one sample: enough for a histogram of 2048 bins
-_GRID = np.linspace(1.0, 0.3, 29)
+_GRID = np.linspace(1.0, 0.1, 37)
 
 
 @dataclass
@@ -132,7 +132,7 @@ def _draw(value: np.ndarray, count: int) -> np.ndarray:
     if flat.size > count:
         # An odd step meets every residue of the (mostly even) channel and row sizes.
         flat = flat[:: (flat.size // count) | 1]
-    return flat[np.isfinite(flat)]
+    return np.asarray(flat[np.isfinite(flat)])
 
 
 def with_zero(low: float, high: float) -> tuple[float, float]:

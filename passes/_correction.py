@@ -67,8 +67,9 @@ def output_error(teacher: Session, student: Session, feeds: Iterable[Feed]) -> f
         wanted, got = teacher.run(feed), student.run(feed)
         for name, value in wanted.items():
             if isinstance(value, np.ndarray) and value.dtype.kind == "f" and got[name].shape == value.shape:
-                true = np.asarray(value, np.float64)
-                noise[name] = noise.get(name, 0.0) + float(np.square(got[name] - true).sum())
+                finite = np.isfinite(value)  # what the float model itself cannot hold is no measure
+                true = np.asarray(value[finite], np.float64)
+                noise[name] = noise.get(name, 0.0) + float(np.square(got[name][finite] - true).sum())
                 signal[name] = signal.get(name, 0.0) + float(np.square(true).sum())
     ratios = [noise[name] / max(signal[name], 1e-30) for name in noise]
     return float(np.mean(ratios)) if ratios else float("inf")

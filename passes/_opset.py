@@ -107,7 +107,7 @@ def _move_attributes(model: Model, node: gs.Node) -> None:
             continue
         while len(node.inputs) < position:
             node.inputs.append(gs.Variable.empty())
-        values = np.asarray(value, dtype)
+        values: np.ndarray = np.asarray(value, dtype)
         tensor = _constant(model, node, name, values.reshape(-1) if node.op == "TopK" else values)
         if len(node.inputs) > position:
             node.inputs[position] = tensor

@@ -4,8 +4,8 @@ Rules (u8 activations, s8 weights):
 
 1. Anchors are Conv, Gemm and MatMul with a constant float32 weight. Their input is quantized. A Conv always has its
    output quantized (there is no kernel otherwise); Gemm and MatMul only where an int8 node reads it.
-2. A chain ``y = clip(a * x + b, lo, hi)`` with ``a > 0`` (Relu, Clip, HardSigmoid, Add, Sub, Mul and Div with a scalar) costs
-   nothing: quantizing saturates, and the codes that ``x`` is written with are read with another scale and zero point.
+2. A chain ``y = clip(a * x + b, lo, hi)`` with ``a > 0`` (Relu, Clip, HardSigmoid, Add, Sub, Mul and Div with a scalar)
+   costs nothing: quantizing saturates, and the codes that ``x`` is written with are read with another scale and zero.
 3. Data movement (Reshape, Transpose, MaxPool, Pad, nearest Resize, …) hands the codes of its input on.
 4. Add, Mul, Concat, pooling, Sigmoid, LeakyRelu run on codes when all of their inputs have them and an int8 node reads
    the result; what would be an island between float nodes stays float. The gate of a squeeze-and-excite block, small
@@ -321,7 +321,7 @@ def scalar(tensor: gs.Tensor) -> float | None:
 
 
 def _affine(node: gs.Node) -> tuple[int, tuple[float, float, float, float]] | None:
-    """Which input a node maps by ``clip(a * x + b, low, high)``, and the four numbers; None when it does no such thing."""
+    """Which input a node maps by ``clip(a * x + b, low, high)``, and the four numbers; None when it does not."""
     free = (-math.inf, math.inf)
     if node.domain or not node.outputs:
         return None

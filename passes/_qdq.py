@@ -1,7 +1,9 @@
 """Write a placement into the graph as QuantizeLinear and DequantizeLinear of the standard domain (opset 13 on).
 
-    real = scale * (code - zero)        activations: uint8, any zero; weights: int8 per channel, zero 0; bias: int32 with
-                                        scale s_x * s_w, so that it adds to the accumulator as it is.
+    real = scale * (code - zero)
+
+Activations are uint8 with any zero; weights int8 per channel with zero 0; biases int32 with scale ``s_x * s_w``, so that
+they add to the accumulator as they are.
 
 A tensor that is carried keeps its name on the DequantizeLinear, so graph outputs, bodies and float readers need no
 change. New tensors have short names: a file of small weights would otherwise grow by them.
@@ -57,8 +59,8 @@ def code_of_range(low: float, high: float) -> TensorCode:
 def chain_code(chain: Chain, low: float, high: float) -> TensorCode:
     """The code of ``y = clip(a * x + b)``: ``x`` is written such that reading gives ``y``; the clipping is saturation.
 
-    ``y = s * (q - z)`` and ``q = round((a * x + b) / s) + z = round(x / (s / a)) + (z + b / s)``, so ``b / s`` is rounded,
-    unless a slightly larger ``s`` makes it whole (not where a bound must stay exact).
+    ``y = s * (q - z)`` and ``q = round((a * x + b) / s) + z = round(x / (s / a)) + (z + b / s)``, so ``b / s`` is
+    rounded, unless a slightly larger ``s`` makes it whole (not where a bound must stay exact).
     """
     low, high = min(low, chain.b), max(high, chain.b)
     read = code_of_range(low, high).read
@@ -200,7 +202,7 @@ class Emitter:
                 self._probe(anchor, raw, tensor)
 
     def _probe(self, anchor: Anchor, raw: gs.Variable, result: gs.Tensor | None = None) -> gs.Tensor:
-        """Add what the channel means of ``raw`` lack against the teacher's, which are fed; the difference is fetched."""
+        """Add what the channel means of ``raw`` lack against the teacher's, which are fed; the lack is fetched."""
         assert self.probes is not None
         mean, delta = self._variable("m", np.float32), self._variable("d", np.float32)
         target = gs.Variable(self.model.fresh_name("t"), np.float32, None)
@@ -290,7 +292,7 @@ class Emitter:
 
 
 def channel_mean(model: Model, anchor: Anchor, source: gs.Tensor, result: gs.Variable) -> gs.Node:
-    """A node that takes the mean of the output of a Conv or Gemm over all axes but that of the channels, which are kept."""
+    """A node that takes the mean of the output of a Conv or Gemm over all axes but that of the channels."""
     rank = anchor.rank if anchor.node.op == "Conv" else 2
     axes = [index for index in range(rank) if index != 1]
     if model.opset < 18:
@@ -311,4 +313,4 @@ def _absorb_gemm_factors(model: Model, node: gs.Node) -> None:
         factor = float(node.attrs.pop(name, 1.0))
         if factor != 1.0 and len(node.inputs) > index:
             old = node.inputs[index]
-            node.inputs[index] = gs.Constant(model.fresh_name(old.name), (old.values * factor).astype(np.float32))
+            node.inputs[index] = gs.Constant(model.fresh_name(old.name), np.asarray(old.values * factor, np.float32))

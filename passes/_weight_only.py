@@ -1,8 +1,8 @@
 """Weights that are stored in int8 and computed with in float, where no integer kernel fuses.
 
-A weight becomes ``Mul(Cast(codes), scales)``: ONNX Runtime folds that when it loads the model, so speed is that of float32,
-where it would run a DequantizeLinear again at every inference. It is legal in every operator set and body. An embedding
-table is looked up in int8, and only the rows that were looked up become float.
+A weight becomes ``Mul(Cast(codes), scales)``: ONNX Runtime folds that when it loads the model, so speed is that of
+float32, where it would run a DequantizeLinear again at every inference. It is legal in every operator set and body. An
+embedding table is looked up in int8, and only the rows that were looked up become float.
 """
 
 from __future__ import annotations

@@ -46,16 +46,16 @@ _SENSITIVITY_SECONDS = 60
 class QuantizeStatic(Pass):
     """Quantize weights and activations to int8, calibrated on unlabelled data, without float islands.
 
-    Each Conv, Gemm and MatMul with a constant weight ``W`` becomes ``s_x s_w (q_x - z_x) q_w + b``: activations are uint8 with
-    scale and zero point a tensor, chosen to minimise the expected squared error on the calibration data; weights are
-    int8 with a scale an output channel; biases int32. Elementwise and moving ops between them stay in int8 where ONNX
+    Each Conv, Gemm and MatMul with a constant weight becomes ``s_x s_w (q_x - z_x) q_w + b``: activations are uint8 with
+    one scale and zero a tensor, chosen on the calibration data; weights are int8 with a scale an output channel; biases
+    int32. Elementwise and moving ops between them stay in int8 where ONNX
     Runtime has a kernel that fuses. Biases take back the mean shift of rounding (Nagel et al. 2019), where that lowers
     the output error on calibration data that was held back. Other large weights (recurrent, transposed convolutions,
     embeddings, in bodies) are stored in int8 and computed with in float.
 
     Right for convolutional and linear networks; a score that hangs on the small differences between large activations
-    may fall, and the guard then asks for :meth:`weaker`. Costs a few runs of the model over the calibration data; memory is that of
-    the model and a few batches, however many samples there are.
+    may fall, and the guard then asks for :meth:`weaker`. Costs a few runs of the model over the calibration data; memory
+    is that of the model and a few batches, however many samples there are.
     """
 
     name: ClassVar[str] = "quantize-static"
@@ -235,7 +235,7 @@ class _Run:
     # -------------------------------------------------------------------------------------------------- calibration
 
     def _choose(self, placement: Placement, batch: int) -> dict[str, FloatArray]:
-        """Settle the codes of all tensors, and return bias corrections: those with the least error on held-back data."""
+        """Settle all codes and return bias corrections: those with the least output error on held-back samples."""
         options = self.options
         methods: tuple[Method, ...] = ("mse", "percentile") if options.calibration == "auto" else (options.calibration,)
         own = _own(placement)
@@ -313,7 +313,7 @@ class _Run:
         return _Split(self.data, batch, fit, feeds)
 
     def _correct(self, split: _Split) -> tuple[float, dict[str, FloatArray]]:
-        """The least output error on held-back samples, and the bias corrections that gave it (none: without is better)."""
+        """The least output error on held-back samples, and the corrections that gave it (none: it is better without)."""
         teacher = Session(self.model)
         error = output_error(teacher, Session(self._emitted({})), split.held())
         corrected_ops = {anchor.node.op for anchor in self._place(self.model).anchors.values()} & {"Conv", "Gemm"}
