@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from onnxslim.data import Dataset
     from onnxslim.model import Model
 
-__all__ = ["Split", "by_input", "moments_between", "output_errors", "refitted"]
+__all__ = ["Split", "by_input", "loss", "moments_between", "output_errors", "refits"]
 
 Array = NDArray[Any]
 FloatArray = NDArray[np.float64]
@@ -31,6 +31,7 @@ MOMENTS_BYTES = 1 << 30  # held at a time for the layers of one group
 BATCH = 32
 SAMPLES = 512  # more hardly change the fit (400 and 1,000 images gave the same) and each layer runs over all of them
 FOLD = 5
+RIDGES = (1e-2, 3e-1)  # shares of the mean input energy
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,22 @@ class Split:
 
     def fitting(self) -> Iterator[dict[str, NDArray[Any]]]:
         """Batches to fit on."""
-        return self._batches(judge=False)
+        return (feed for feed, judge in self.batches() if not judge or self._whole)
 
     def judging(self) -> Iterator[dict[str, NDArray[Any]]]:
         """Batches to judge by."""
-        return self._batches(judge=True)
+        return (feed for feed, judge in self.batches() if judge or self._whole)
 
-    def _batches(self, *, judge: bool) -> Iterator[dict[str, NDArray[Any]]]:
+    @property
+    def _whole(self) -> bool:
+        return self.feeds.samples < 2 * FOLD
+
+    def batches(self) -> Iterator[tuple[dict[str, NDArray[Any]], bool]]:
+        """All batches, each with whether it is one to judge by."""
         used = self.feeds.take(SAMPLES)
         size = max(1, min(BATCH, used.samples // (2 * FOLD)))
         for index, feed in enumerate(used.batches(size)):
-            if used.samples < 2 * FOLD or (index % FOLD == FOLD - 1) == judge:
-                yield feed
+            yield feed, index % FOLD == FOLD - 1
 
 
 def by_input(layers: Sequence[LinearLayer]) -> Iterator[list[LinearLayer]]:
@@ -74,7 +79,7 @@ def by_input(layers: Sequence[LinearLayer]) -> Iterator[list[LinearLayer]]:
         held = 0
         for layer in group:
             blocks, outputs, inputs = layer.shape
-            need = 8 * blocks * inputs * (inputs + outputs)
+            need = 16 * blocks * inputs * (inputs + outputs)
             if part and held + need > MOMENTS_BYTES:
                 yield part
                 part, held = [], 0
@@ -85,8 +90,10 @@ def by_input(layers: Sequence[LinearLayer]) -> Iterator[list[LinearLayer]]:
 
 def moments_between(
     working: Model, teacher: Model, layers: Sequence[LinearLayer], data: Split, seed: int
-) -> list[Moments]:
+) -> list[tuple[Moments, Moments]]:
     """Moments of each layer's input in ``working`` against the teacher's tensor of the layer's output name.
+
+    Two of each: over the batches to fit on, and over those to judge by.
 
     Rows drawn from each sample grow where there are few samples for the width of a layer.
 
@@ -95,11 +102,11 @@ def moments_between(
     """
     from onnxslim.runtime import Session
 
-    found = [Moments.empty(layer.shape[0], layer.shape[2], layer.shape[1]) for layer in layers]
+    found = [Moments.empty(layer.shape[0], layer.shape[2], layer.shape[1]) for layer in layers for _ in range(2)]
     student = Session(working, outputs=sorted({layer.data.name for layer in layers}))
     judge = Session(teacher, outputs=sorted({layer.output.name for layer in layers}))
     wanted = [math.ceil(10 * layer.shape[2] / data.samples) for layer in layers]
-    pending: list[list[tuple[Array, Array]]] = [[] for _ in layers]
+    pending: list[list[tuple[Array, Array]]] = [[] for _ in found]
     rng = np.random.default_rng(seed)
 
     def flush(index: int) -> None:
@@ -108,37 +115,44 @@ def moments_between(
             found[index].add(x, y)
             pending[index] = []
 
-    for feed in data.fitting():
+    for feed, held in data.batches():
         seen, asked = student.run(feed), judge.run(feed)
         for index, layer in enumerate(layers):
             y = asked[layer.output.name]
             drawn = layer.draw(y.shape, rng, min(max(wanted[index], ROWS_PER_SAMPLE), 1024))
-            pending[index].append((layer.input_rows(seen[layer.data.name], drawn), layer.output_rows(y, drawn)))
+            slot = 2 * index + held
+            pending[slot].append((layer.input_rows(seen[layer.data.name], drawn), layer.output_rows(y, drawn)))
             # One large product costs far less than many small ones, of which each adds a whole matrix in float64.
-            if sum(x.shape[1] for x, _ in pending[index]) >= layer.shape[2]:
-                flush(index)
-    for index in range(len(layers)):
-        flush(index)
-    return found
+            if sum(x.shape[1] for x, _ in pending[slot]) >= layer.shape[2]:
+                flush(slot)
+    for slot in range(len(found)):
+        flush(slot)
+    fitting, judging = found[::2], found[1::2]
+    return [(fit, test if test.count else fit) for fit, test in zip(fitting, judging, strict=True)]
 
 
-def refitted(matrices: FloatArray, moments: Moments, ridge: float = 1e-2) -> FloatArray | None:
-    """``[G, O, K]`` that best maps the inputs to the targets, drawn towards ``matrices``; None with too few rows.
+def refits(matrices: FloatArray, moments: Moments) -> Iterator[FloatArray]:
+    """Solutions ``[G, O, K]`` that map the inputs to the targets, drawn weakly and strongly towards ``matrices``.
 
-    Args:
-        matrices: where the ridge draws to.
-        moments: with a target.
-        ridge: its strength as a share of the mean input energy.
+    None where there are too few rows. Which of them is best, if any is, the judging batches tell: see `loss`.
     """
     inputs = matrices.shape[2]
     if moments.count < 5 * inputs:
-        return None
-    covariance = moments.covariance
+        return
+    covariance, cross = moments.covariance, moments.cross_covariance
     energy = np.diagonal(covariance, axis1=1, axis2=2)
-    strength = ridge * energy.mean(axis=1) + 1e-10 * energy.max() + 1e-30
-    penalty = strength[:, None, None] * np.eye(inputs)
-    solved = np.linalg.solve(covariance + penalty, moments.cross_covariance + penalty @ matrices.transpose(0, 2, 1))
-    return solved.transpose(0, 2, 1) if np.isfinite(solved).all() else None
+    for ridge in RIDGES:
+        strength = ridge * energy.mean(axis=1) + 1e-10 * energy.max() + 1e-30
+        penalty = strength[:, None, None] * np.eye(inputs)
+        solved = np.linalg.solve(covariance + penalty, cross + penalty @ matrices.transpose(0, 2, 1))
+        if np.isfinite(solved).all():
+            yield solved.transpose(0, 2, 1)
+
+
+def loss(matrices: FloatArray, moments: Moments) -> float:
+    """Variance of what ``matrices`` ``[G, O, K]`` get wrong about the targets, up to a constant."""
+    within = np.einsum("gok,gok->", matrices @ moments.covariance, matrices)
+    return float(within - 2 * np.einsum("gok,gko->", matrices, moments.cross_covariance))
 
 
 def output_errors(teacher: Model, models: Sequence[Model], data: Split) -> list[float]:

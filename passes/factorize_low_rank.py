@@ -19,7 +19,7 @@ from onnxslim.passes._bias import add_to_bias, bias_of
 from onnxslim.passes._factors import Candidate, Factors, plain_matrix, replace_by_factors, set_product
 from onnxslim.passes._identical import main_graphs
 from onnxslim.passes._ranks import choose_ranks, spectrum
-from onnxslim.passes._refit import Split, by_input, moments_between, output_errors, refitted
+from onnxslim.passes._refit import Split, by_input, loss, moments_between, output_errors, refits
 from onnxslim.passes._statistics import Moments, input_moments, linear_layer
 from onnxslim.passes.base import Context, Outcome, Pass
 
@@ -311,25 +311,23 @@ class FactorizeLowRank(Pass):
         done = 0
         for group in by_input(layers):
             moments = moments_between(working, teacher, group, data, context.seed)
-            for layer, seen in zip(group, moments, strict=True):
+            for layer, (seen, held) in zip(group, moments, strict=True):
                 key = id(twins[id(layer.node)])
                 dense = layer.matrices()
-                target = refitted(dense, seen)
                 blocks, outputs, _ = layer.shape
                 present = bias_of(layer.node, blocks * outputs)
                 assert present is not None
-                matrices = dense if target is None else target
+                options = [(dense, None), *((matrices, None) for matrices in refits(dense, seen))]
                 if key in chosen:
-                    shape = spectrum(matrices[0], seen.covariance[0], _damping(seen))
-                    pair = shape.factors(matrices[0], chosen[key])
-                    matrices = (pair[1] @ pair[0])[None]
+                    options = [_split(matrices[0], seen, chosen[key]) for matrices, _ in options]
+                matrices, pair = min(options, key=lambda option: loss(option[0], held))
                 shift = seen.mean_y.reshape(-1) - np.einsum("gok,gk->go", matrices, seen.mean).reshape(-1) - present
                 if not (seen.count and np.isfinite(shift).all()):
                     continue
-                if key in chosen:
+                if pair is not None:
                     better[key] = Factors(*pair, shift)
                     set_product(working, layer, better[key])
-                elif target is not None:
+                elif matrices is not dense:
                     whole[key] = _Whole(matrices, shift)
                     layer.weight.values = layer.stored(matrices)
                     add_to_bias(working, working.graph, layer.node, shift)
@@ -378,3 +376,9 @@ def _parts(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
         held += need
     if part:
         yield part
+
+
+def _split(matrix: FloatArray, moments: Moments, rank: int) -> tuple[FloatArray, tuple[FloatArray, FloatArray] | None]:
+    """The product ``[1, O, K]`` of the best factors of this rank, and the factors."""
+    first, second = spectrum(matrix, moments.covariance[0], _damping(moments)).factors(matrix, rank)
+    return (second @ first)[None], (first, second)

@@ -19,7 +19,7 @@ from onnxslim.passes._bias import add_to_bias, bias_of
 from onnxslim.passes._codebook import Coded, assign_with_feedback, fit, nearest
 from onnxslim.passes._identical import main_graphs, share_identical
 from onnxslim.passes._packed import CodebookWriter
-from onnxslim.passes._refit import Split, by_input, moments_between, output_errors, refitted
+from onnxslim.passes._refit import Split, by_input, loss, moments_between, output_errors, refits
 from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
 from onnxslim.passes.base import Context, Outcome, Pass
 
@@ -230,10 +230,10 @@ class ShareWeights(Pass):
         done = 0
         for group in by_input(layers):
             found = moments_between(working, teacher, group, data, context.seed)
-            for layer, moments in zip(group, found, strict=True):
+            for layer, (moments, held) in zip(group, found, strict=True):
                 weight = original[id(layer.weight)]
                 key = id(weight)
-                fitted = self._fit_layer(targets[key], layer, moments, plain[key])
+                fitted = self._fit_layer(targets[key], layer, moments, held, plain[key])
                 coded = plan.coded[key] = fitted
                 layer.weight.values = coded.decode()
                 outputs = layer.shape[0] * layer.shape[1]
@@ -260,25 +260,17 @@ class ShareWeights(Pass):
             return _Plan(plain, [])
         return plan
 
-    def _fit_layer(self, target: _Target, layer: LinearLayer, moments: Moments, plain: Coded) -> Coded:
+    def _fit_layer(self, target: _Target, layer: LinearLayer, moments: Moments, held: Moments, plain: Coded) -> Coded:
         """The best encoding of one layer for these inputs: refitted with feedback, with feedback only, or plain."""
-        covariance, cross = moments.covariance, moments.cross_covariance
+        covariance = moments.covariance
         dense = layer.matrices()
         energy = np.diagonal(covariance, axis1=1, axis2=2)
         if moments.count < 2 or not np.isfinite(energy).all() or not energy.max() > 0:
             return plain
-        refit = refitted(dense, moments)
-        candidates = [dense] if refit is None else [dense, refit]
-
-        def loss(coded: Coded) -> float:
-            held = _matrices(layer, coded.decode())
-            within = np.einsum("gok,gok->", held @ covariance, held)
-            return float(within - 2 * np.einsum("gok,gko->", held, cross))
-
-        best, least = plain, loss(plain)
+        best, least = plain, loss(_matrices(layer, plain.decode()), held)
         spread = np.broadcast_to(energy[:, None, :] + 1e-3 * energy.mean(), dense.shape)
         importance = layer.stored(np.ascontiguousarray(spread)).astype(np.float64)
-        for matrices in candidates:
+        for matrices in (dense, *refits(dense, moments)):
             stored = layer.stored(matrices)
             first = self._cluster(target, stored, importance)
             ones = np.ones(stored.shape) if first.scale is None else np.broadcast_to(first.scale, stored.shape)
@@ -288,7 +280,7 @@ class ShareWeights(Pass):
             values = _unscaled(layer, book[indices])
             coded = dataclasses.replace(first, indices=nearest(values, book))
             for option in (first, coded):
-                error = loss(option)
+                error = loss(_matrices(layer, option.decode()), held)
                 if error < least:
                     best, least = option, error
         return best
