@@ -33,9 +33,10 @@ def weight_norms(group: Group) -> FloatArray:
 
 def _slice_norms(member: Member) -> FloatArray:
     assert isinstance(member.place.tensor, gs.Constant)
-    values = np.asarray(member.place.tensor.values, dtype=np.float64)
+    values: FloatArray = np.asarray(member.place.tensor.values, dtype=np.float64)
     other = tuple(axis for axis in range(values.ndim) if axis != member.place.axis)
-    return np.square(values).sum(axis=other)[member.positions].sum(axis=1)
+    norms: FloatArray = np.square(values).sum(axis=other)
+    return norms[member.positions].sum(axis=1)
 
 
 def readers(group: Group) -> list[tuple[LinearLayer, NDArray[np.int64]]]:

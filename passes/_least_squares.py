@@ -267,7 +267,7 @@ def solve(moments: Moments, start: FloatArray, ridge: float, *, centred: bool = 
     return np.linalg.solve(left, cross + strength * start.transpose(0, 2, 1)).transpose(0, 2, 1)
 
 
-def relative_error(moments: Moments, matrices: FloatArray, *, centred: bool) -> float:
+def relative_error(moments: Moments, matrices: FloatArray, *, centred: bool = True) -> float:
     """Mean squared error over the variance of the target, with the best bias."""
     assert moments.sum_yy is not None and moments.cross is not None
     count = max(moments.count, 1)

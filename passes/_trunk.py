@@ -1,8 +1,8 @@
 """Running a model in steps, so that a pass may change weights between them and no node runs twice.
 
-A layer-by-layer method needs what enters layer ``i`` once layers ``0 .. i-1`` have their new weights. Running the network
-from the start for each layer costs as many forward passes as it has layers; here every step starts from the tensors at
-which the last one stopped (the cut through the graph behind which nothing is needed any more).
+A layer-by-layer method needs what enters layer ``i`` once layers ``0 .. i-1`` have their new weights. Running the
+network from the start for each layer costs as many forward passes as it has layers; here every step starts from the
+tensors at which the last one stopped (the cut through the graph behind which nothing is needed any more).
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ class Trunk:
         needed = self._ancestors(wanted, maker, held)
         ahead = self._done | needed
         frontier = self._frontier(ahead, held)
-        session = self._segment(
-            needed, sorted({*wanted, *frontier} & {name for i in needed for name in _made(nodes[i])})
-        )
+        made = {name for index in needed for name in _made(nodes[index])}
+        session = self._segment(needed, sorted({*wanted, *frontier} & made))
         kept: list[Feed] | None = []
         size = 0
         for batch in self._held if self._held is not None else self._batches():

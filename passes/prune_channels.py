@@ -54,8 +54,8 @@ class PruneChannels(Pass):
     min_channels: int = Field(8, ge=1, description="a group is never cut below this width")
     criterion: Criterion = Field(
         "obs",
-        description="what decides which channels go: 'obs', the error that removing them causes in the layers that read "
-        "them once those have been refitted (needs calibration data; 'norm' without); 'norm', the size of their weights",
+        description="what decides which channels go: 'obs', the error that is left in the layers that read them once "
+        "those have been refitted (needs calibration data; 'norm' without it); 'norm', the size of their weights",
     )
     recover: bool = Field(True, description="refit the remaining weights by least squares on calibration data")
     ridge: float | None = Field(
@@ -232,7 +232,7 @@ class PruneChannels(Pass):
 
 
 def width_step(group: Group, multiple_of: int) -> int:
-    """By how many channels a group may shrink, so that the axes of all its weights stay multiples of ``multiple_of``."""
+    """By how many channels a group may shrink, so that all axes of its weights stay multiples of ``multiple_of``."""
     step = 1
     for member in group.weights:
         step = math.lcm(step, multiple_of // math.gcd(multiple_of, member.positions.shape[1]))
@@ -250,7 +250,7 @@ def choose_widths(groups: list[tuple[int, int]], ratio: float, min_channels: int
     for channels, step in groups:
         wish = (1 - ratio) * channels + carry
         floor = -(-min(min_channels, channels) // step) * step
-        width = max(int(math.floor(wish / step + 0.5)) * step, floor, step)
+        width = max(math.floor(wish / step + 0.5) * step, floor, step)
         if width >= channels or (channels % step and abs(channels - wish) < abs(width - wish)):
             width = channels
         kept.append(width)
@@ -266,7 +266,7 @@ def _parameters(model: Model) -> int:
 
 
 def _title(group: Group) -> str:
-    return group.makers[0].name or group.makers[0].outputs[0].name
+    return str(group.makers[0].name or group.makers[0].outputs[0].name)
 
 
 def _width(group: Group) -> str:

@@ -1,4 +1,4 @@
-"""Coupled channels: what is cut together, what is frozen and why, and that surgery changes nothing but what it removes."""
+"""Coupled channels: what is cut together, what is frozen and why, and that surgery removes and changes nothing else."""
 
 from __future__ import annotations
 
@@ -67,16 +67,15 @@ IMAGE = ("x", ["N", 3, 8, 8])
 
 def feeds(model: onnxslim.Model, batch: int, seed: int = 1, other: int = 6) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {
-        t.name: rng.standard_normal(
-            [d if isinstance(d, int) else batch if i == 0 else other for i, d in enumerate(t.shape)]
-        ).astype(np.float32)
-        for t in model.graph.inputs
-    }
+    made = {}
+    for tensor in model.graph.inputs:
+        sizes = [d if isinstance(d, int) else (batch, other)[min(axis, 1)] for axis, d in enumerate(tensor.shape)]
+        made[tensor.name] = rng.standard_normal(sizes).astype(np.float32)
+    return made
 
 
 def silence(model: onnxslim.Model, coupling: Coupling, gone: dict, *, makers_only: bool) -> None:
-    """Zero what the cut removes: the layers' slices and biases, or all that makes the channels and nothing that reads them."""
+    """Zero what the cut removes: slices of all layers, or all that makes the channels but nothing that reads them."""
     made = {use.axis for use in coupling.uses if use.makes}
     read = {use.axis for use in coupling.uses if not use.makes}
     for axis, mask in gone.items():
@@ -114,7 +113,6 @@ def check_surgery(model: onnxslim.Model, seed: int = 0, *, makers_only: bool = F
     if not removed:
         return coupling
     silence(dense, twin, twin.plan(removed).gone, makers_only=makers_only)
-    before = sum(g.channels for g in coupling.groups)
     cut(model, coupling, removed)
     proto = model.to_proto()
     assert not [v for v in proto.graph.value_info if v.type.tensor_type.HasField("shape")]
@@ -125,9 +123,6 @@ def check_surgery(model: onnxslim.Model, seed: int = 0, *, makers_only: bool = F
         ours, theirs = pruned.run(feed), masked.run(feed)
         for name, value in theirs.items():
             np.testing.assert_allclose(ours[name], value, atol=1e-5, rtol=1e-4)
-    after = couple(model)
-    gone = sum(len(channels) for channels in removed.values())
-    assert sum(g.channels for g in after.groups) >= before - gone - 2  # groups of one channel are no group any more
     return coupling
 
 
@@ -483,6 +478,9 @@ def test_every_layer_is_in_a_group_or_has_a_reason():
 # ------------------------------------------------------------------------------------------------------ random graphs
 
 
+STEPS = ["conv", "dw", "group", "bn", "act", "add", "mul", "concat", "split", "slice", "se", "shuffle", "pool"]
+
+
 @st.composite
 def random_net(draw) -> Net:
     net = Net(IMAGE, seed=draw(st.integers(0, 99)))
@@ -490,11 +488,7 @@ def random_net(draw) -> Net:
     width = st.sampled_from([4, 6, 8])
     for _ in range(draw(st.integers(2, 9))):
         x, c = draw(st.sampled_from(live))
-        kind = draw(
-            st.sampled_from(
-                ["conv", "dw", "group", "bn", "act", "add", "mul", "concat", "split", "slice", "se", "shuffle", "pool1"]
-            )
-        )
+        kind = draw(st.sampled_from(STEPS))
         if kind == "conv":
             out = draw(width)
             live.append((net.conv(x, c, out, draw(st.sampled_from([1, 3]))), out))
@@ -523,7 +517,7 @@ def random_net(draw) -> Net:
             live.append((net.op("Mul", x, s), c))
         elif kind == "shuffle":
             live.append((net.op("Gather", x, net.const(net.rng.permutation(c)), axis=1), c))
-        elif kind == "pool1":
+        elif kind == "pool":
             live.append((net.op("AveragePool", x, kernel_shape=[3, 3], pads=[1] * 4), c))
     x, c = live[-1]
     y, n = draw(st.sampled_from(live))

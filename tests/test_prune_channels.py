@@ -1,0 +1,340 @@
+"""Pruning as a pass: widths, choice, recovery, what is said, and the statistics and stepwise runs that it stands on."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+import onnxslim
+from onnxslim.data import open_dataset
+from onnxslim.passes._least_squares import relative_error, solve
+from onnxslim.passes._statistics import Moments, input_moments, linear_layer
+from onnxslim.passes._trunk import Trunk
+from onnxslim.passes.base import Context
+from onnxslim.passes.prune_channels import PruneChannels, choose_widths
+from onnxslim.runtime import Session
+
+
+def build(nodes, weights, inputs=(("x", ["N", 3, 8, 8]),), outputs=("y",), opset=17) -> onnxslim.Model:
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outputs],
+        [numpy_helper.from_array(np.asarray(v, np.float32), n) for n, v in weights.items()],
+    )
+    return onnxslim.load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8))
+
+
+def data(model: onnxslim.Model, samples: int = 96, seed: int = 3):
+    rng = np.random.default_rng(seed)
+    spec = Session(model).inputs
+    # Smooth images: natural inputs are correlated, white noise is the one kind that no channel can make up for.
+    arrays = {}
+    for name, tensor in spec.items():
+        raw = rng.standard_normal([samples, *[d if isinstance(d, int) else 5 for d in tensor.shape[1:]]])
+        for axis in range(2, raw.ndim):
+            raw = raw + np.roll(raw, 1, axis) + np.roll(raw, -1, axis)
+        arrays[name] = raw.astype(np.float32)
+    return open_dataset(arrays, list(spec.values()))
+
+
+def run(model: onnxslim.Model, feed: dict) -> np.ndarray:
+    return next(iter(Session(model).run(feed).values()))
+
+
+def residual_net(batch_norm: bool = True, seed: int = 0) -> onnxslim.Model:
+    """Stem, one residual block with BatchNorm nodes, depthwise convolution, pooling, classifier."""
+    rng = np.random.default_rng(seed)
+    nodes, weights = [], {}
+
+    def w(name, *shape):
+        weights[name] = rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
+        return name
+
+    def conv(x, y, cin, cout, group=1):
+        inputs = [x, w(y + ".w", cout, cin // group, 3, 3), w(y + ".b", cout)]
+        nodes.append(helper.make_node("Conv", inputs, [y], name=y, pads=[1] * 4, group=group))
+
+    def norm(x, y, c):
+        if not batch_norm:
+            return nodes.append(helper.make_node("Identity", [x], [y], name=y))
+        for part in "sbm":
+            weights[y + part] = rng.standard_normal(c) * 0.3 + (part == "s")
+        weights[y + "v"] = rng.uniform(0.5, 2, c)
+        return nodes.append(helper.make_node("BatchNormalization", [x, *(y + p for p in "sbmv")], [y], name=y))
+
+    conv("x", "stem", 3, 32)
+    nodes.append(helper.make_node("Relu", ["stem"], ["r0"], name="r0"))
+    conv("r0", "c1", 32, 48)
+    norm("c1", "n1", 48)
+    nodes.append(helper.make_node("Relu", ["n1"], ["r1"], name="r1"))
+    conv("r1", "c2", 48, 32)
+    norm("c2", "n2", 32)
+    nodes.append(helper.make_node("Add", ["n2", "r0"], ["sum"], name="sum"))
+    nodes.append(helper.make_node("Relu", ["sum"], ["r2"], name="r2"))
+    conv("r2", "dw", 32, 32, group=32)
+    nodes.append(helper.make_node("GlobalAveragePool", ["dw"], ["pool"], name="pool"))
+    nodes.append(helper.make_node("Flatten", ["pool"], ["flat"], name="flat"))
+    nodes.append(helper.make_node("Gemm", ["flat", w("fc.w", 6, 32), w("fc.b", 6)], ["y"], name="fc", transB=1))
+    return build(nodes, weights)
+
+
+# ------------------------------------------------------------------------------------------------------------- widths
+
+
+def test_widths_spread_the_rounding():
+    assert choose_widths([(32, 8)] * 5, 0.3) == [24, 24, 16, 24, 24]  # 112 = 0.7 * 160
+    assert choose_widths([(64, 8)], 0.3) == [48]
+    assert choose_widths([(8, 8), (16, 8)], 0.9) == [8, 8]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(2, 300), st.sampled_from([1, 2, 4, 8, 16])), max_size=12), st.floats(0.02, 0.98))
+def test_widths_are_multiples_and_never_nothing(groups, ratio):
+    kept = choose_widths(groups, ratio, 4)
+    for (channels, step), width in zip(groups, kept, strict=True):
+        assert 0 < width <= channels
+        assert width == channels or width % step == 0
+        assert width == channels or width >= 4
+
+
+def test_kept_widths_are_multiples_of_eight_in_the_model():
+    model = residual_net()
+    outcome = PruneChannels(ratio=0.4).run(model, Context())
+    widths = {n.name: n.inputs[1].shape[0] for n in model.graph.nodes if n.op == "Conv"}
+    assert outcome.modified
+    assert all(width % 8 == 0 for width in widths.values())
+    assert widths["stem"] == widths["c2"] == widths["dw"] < 32
+    assert next(n for n in model.graph.nodes if n.name == "dw").attrs["group"] == widths["dw"]
+
+
+# ----------------------------------------------------------------------------------------------------------- recovery
+
+
+@pytest.mark.parametrize("criterion", ["norm", "obs"])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_recovery_brings_the_output_back(criterion, batch_norm):
+    dense = residual_net(batch_norm)
+    feed = next(data(dense, 64, seed=9).batches(64))
+    errors = {}
+    for recover in (False, True):
+        model = residual_net(batch_norm)
+        outcome = PruneChannels(ratio=0.3, criterion=criterion, recover=recover).run(
+            model, Context(calibration=data(model, 256))
+        )
+        want, got = run(dense, feed), run(model, feed)
+        errors[recover] = float(np.square(want - got).mean() / want.var(axis=0).mean())
+        assert outcome.modified
+        assert run(model, {"x": feed["x"][:1]}).shape == (1, 6)
+    assert errors[True] < 0.25 * errors[False]
+    assert errors[True] < 0.4
+
+
+@pytest.mark.parametrize("kind", ["conv", "depthwise", "gemm", "matmul", "matmul without bias"])
+def test_redundant_channels_go_without_a_trace(kind):
+    """Each of 16 channels is a mix of 8: half can go, and the refit says how the others make up for them."""
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((16, 8)) / 3
+    if kind in ("conv", "depthwise"):
+        first = np.einsum("oi,ikhw->okhw", mix, rng.standard_normal((8, 3, 3, 3)))
+        nodes = [helper.make_node("Conv", ["x", "w1", "b1"], ["h"], name="first", strides=[2, 2])]
+        weights = {"w1": first, "b1": mix @ rng.standard_normal(8), "w2": rng.standard_normal((5, 16, 3, 3))}
+        if kind == "depthwise":
+            weights["wd"] = np.repeat(rng.standard_normal((1, 1, 1, 1)), 16, axis=0)
+            nodes.append(helper.make_node("Conv", ["h", "wd"], ["d"], name="depthwise", group=16))
+        last = helper.make_node(
+            "Conv", ["d" if kind == "depthwise" else "h", "w2"], ["y"], name="last", dilations=[1, 1]
+        )
+        model = build([*nodes, last], weights)
+    else:
+        weights = {"w1": rng.standard_normal((20, 8)) @ mix.T, "w2": rng.standard_normal((16, 5))}
+        op = "Gemm" if kind == "gemm" else "MatMul"
+        nodes = [helper.make_node(op, ["x", "w1"], ["h"], name="first")]
+        nodes.append(helper.make_node(op, ["h", "w2"], ["z" if kind == "matmul" else "y"], name="last"))
+        if kind == "matmul":
+            weights["b"] = rng.standard_normal(5)
+            nodes.append(helper.make_node("Add", ["b", "z"], ["y"], name="bias"))
+        model = build(nodes, weights, [("x", ["N", 20] if kind == "gemm" else ["N", "T", 20])])
+    dense = model.copy()
+    feed = next(data(model, 8, seed=5).batches(8))
+    outcome = PruneChannels(ratio=0.5, ridge=1e-5).run(model, Context(calibration=data(model, 300)))
+    assert outcome.numbers["channels removed"] == 8
+    np.testing.assert_allclose(run(model, feed), want := run(dense, feed), atol=5e-3 * np.abs(want).max())
+
+
+def test_same_seed_same_model():
+    models = [residual_net(), residual_net()]
+    for model in models:
+        PruneChannels().run(model, Context(calibration=data(model), seed=4))
+    first, second = (model.to_proto().SerializeToString() for model in models)
+    assert first == second
+
+
+def test_fixed_batch_model_is_pruned_and_runs():
+    proto = residual_net().to_proto()
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    model = onnxslim.load(proto)
+    outcome = PruneChannels().run(model, Context(calibration=data(model, 64)))
+    assert outcome.numbers["layers refitted"] >= 4
+    assert run(model, {"x": np.zeros((2, 3, 8, 8), np.float32)}).shape == (2, 6)
+
+
+def test_a_weight_of_two_layers_is_cut_but_not_refitted():
+    rng = np.random.default_rng(0)
+    weights = {"w0": rng.standard_normal((16, 3, 3, 3)), "w1": rng.standard_normal((16, 16, 1, 1)) / 4}
+    nodes = [
+        helper.make_node("Conv", ["x", "w0"], ["a"], name="a"),
+        helper.make_node("Conv", ["a", "w1"], ["b"], name="b"),
+        helper.make_node("Relu", ["b"], ["c"], name="c"),
+        helper.make_node("Conv", ["c", "w1"], ["d"], name="d"),
+        helper.make_node("ReduceMean", ["d"], ["y0"], name="mean", axes=[2, 3], keepdims=0),
+        helper.make_node("MatMul", ["y0", "w2"], ["y"], name="out"),
+    ]
+    weights["w2"] = rng.standard_normal((16, 3))
+    model = build(nodes, weights)
+    outcome = PruneChannels(ratio=0.5).run(model, Context(calibration=data(model)))
+    assert [n.inputs[1].shape for n in model.graph.nodes if n.name in "bd"] == [(8, 8, 1, 1)] * 2
+    assert any("serves other layers" in refusal.why for refusal in outcome.refusals)
+    assert run(model, {"x": np.zeros((1, 3, 8, 8), np.float32)}).shape == (1, 3)
+
+
+# -------------------------------------------------------------------------------------------------------- what it says
+
+
+def test_without_data_it_prunes_by_norm_and_says_that_nothing_was_refitted():
+    model = residual_net()
+    outcome = PruneChannels(ratio=0.4).run(model, Context())
+    assert outcome.modified
+    assert any(r.rule == "least-squares" and "no calibration data" in r.why for r in outcome.refusals)
+
+
+def test_changes_and_refusals_name_layers_and_widths():
+    model = residual_net()
+    outcome = PruneChannels(ratio=0.5, exclude=("c1",)).run(model, Context(calibration=data(model)))
+    assert any(c.node == "stem" and "32 -> 16 channels: stem, c1, c2" in c.what for c in outcome.changes)
+    why = {r.node: r.why for r in outcome.refusals}
+    assert why["c1"] == "48 channels stay: 'c1' is excluded by 'c1'"
+    assert why["fc"] == "6 channels stay: it is an axis of graph output 'y'"
+    assert outcome.numbers["channels removed"] == 16
+    assert 0 < outcome.numbers["share of parameters removed"] < 1
+
+
+def test_narrow_groups_and_graphs_without_layers_get_a_reason():
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], name="narrow"),
+        helper.make_node("GlobalMaxPool", ["a"], ["p"], name="p"),
+        helper.make_node("Conv", ["p", "v"], ["y"], name="last"),
+    ]
+    model = build(nodes, {"w": np.ones((8, 3, 1, 1)), "v": np.ones((2, 8, 1, 1))})
+    before = model.to_proto().SerializeToString()
+    outcome = PruneChannels().run(model, Context())
+    assert not outcome.modified
+    assert model.to_proto().SerializeToString() == before
+    assert {r.node: r.why for r in outcome.refusals}["narrow"].startswith(
+        "8 channels stay: kept widths are multiples of 8"
+    )
+    empty = PruneChannels().run(build([helper.make_node("Relu", ["x"], ["y"])], {}), Context())
+    assert not empty.modified
+    assert len(empty.refusals) == 1
+
+
+def test_weaker_ends():
+    step, ratios = PruneChannels(ratio=0.5), []
+    while step is not None:
+        ratios.append(step.ratio)
+        step = step.weaker()
+    assert ratios == [0.5, 0.3, 0.18, 0.108, 0.0648]
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_rows_of_a_convolution_give_its_output(draw):
+    pick = draw.draw
+    rank, groups = pick(st.integers(1, 2)), pick(st.sampled_from([1, 2, 4]))
+    cin, cout = groups * pick(st.integers(1, 2)), groups * pick(st.integers(1, 3))
+    kernel = [pick(st.integers(1, 3)) for _ in range(rank)]
+    attrs = {
+        "group": groups,
+        "strides": [pick(st.integers(1, 2)) for _ in range(rank)],
+        "dilations": [pick(st.integers(1, 2)) for _ in range(rank)],
+    }
+    if pick(st.booleans()):
+        attrs |= {"auto_pad": pick(st.sampled_from(["SAME_UPPER", "SAME_LOWER"])), "dilations": [1] * rank}
+    else:
+        attrs["pads"] = [pick(st.integers(0, 2)) for _ in range(2 * rank)]
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((cout, cin // groups, *kernel)), "b": rng.standard_normal(cout)}
+    model = build(
+        [helper.make_node("Conv", ["x", "w", "b"], ["y"], **attrs)], weights, [("x", ["N", cin, *[7] * rank])]
+    )
+    x = rng.standard_normal((3, cin, *[7] * rank)).astype(np.float32)
+    y = run(model, {"x": x})
+    layer = linear_layer(model.graph.nodes[0])
+    rows = layer.draw(y.shape, rng, per_sample=6)
+    mine = np.einsum("gok,grk->gro", layer.matrices(), layer.input_rows(x, rows))
+    bias = weights["b"].reshape(groups, 1, -1)
+    np.testing.assert_allclose(mine + bias, layer.output_rows(y, rows), atol=1e-4)
+    np.testing.assert_array_equal(layer.stored(layer.matrices()), layer.weight.values)
+
+
+@pytest.mark.parametrize("op, attrs", [("Gemm", {"transB": 1, "alpha": 0.5}), ("Gemm", {}), ("MatMul", {})])
+def test_moments_of_a_matrix_product(op, attrs):
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((4, 6) if attrs.get("transB") else (6, 4))
+    rank = [("x", ["N", 6])] if op == "Gemm" else [("x", ["N", 5, 6])]
+    model = build([helper.make_node(op, ["x", "w"], ["y"], **attrs)], {"w": w}, rank)
+    batches = [rng.standard_normal((n, 6) if op == "Gemm" else (n, 5, 6)).astype(np.float32) for n in (3, 4)]
+    node = model.graph.nodes[0]
+    seen = input_moments(model, [node], [{"x": x} for x in batches])[id(node)]
+    rows = np.concatenate([x.reshape(-1, 6) for x in batches])
+    assert seen.count == len(rows)
+    np.testing.assert_allclose(seen.mean[0], rows.mean(0), atol=1e-6)
+    np.testing.assert_allclose(seen.covariance[0], np.cov(rows.T, bias=True), atol=1e-5)
+
+
+def test_solve_is_least_squares_and_keeps_dead_inputs():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 500, 7))
+    x[..., 3] = 0
+    truth = rng.standard_normal((1, 2, 7))
+    moments = Moments.empty(1, 7, 2)
+    moments.add(x, x @ truth.transpose(0, 2, 1) + 3)
+    start = np.ones((1, 2, 7))
+    fitted = solve(moments, start, 1e-9)
+    np.testing.assert_allclose(np.delete(fitted, 3, 2), np.delete(truth, 3, 2), atol=1e-4)
+    np.testing.assert_allclose(fitted[..., 3], 1)
+    assert relative_error(moments, fitted) < 1e-6 < relative_error(moments, start)
+
+
+def test_steps_of_a_trunk_see_new_weights_and_held_tensors():
+    for budget in (1 << 30, 0):  # holding everything, and going back to the inputs each time
+        model = residual_net()
+        feeds = [{"x": x} for x in np.random.default_rng(0).standard_normal((3, 2, 3, 8, 8)).astype(np.float32)]
+        trunk = Trunk(model, lambda feeds=feeds: feeds, budget)
+        first = list(trunk.step(["r0"]))
+        layer = next(n for n in model.graph.nodes if n.name == "c1")
+        layer.inputs[1].values = layer.inputs[1].values * 2
+        second, third = list(trunk.step(["r1", "r0"])), list(trunk.step(["y"]))
+        session = Session(model, outputs=["r0", "r1", "y"])
+        for feed, a, b, c in zip(feeds, first, second, third, strict=True):
+            want = session.run(feed)
+            np.testing.assert_allclose(a["r0"], want["r0"], atol=1e-5)
+            np.testing.assert_allclose(b["r1"], want["r1"], atol=1e-5)
+            np.testing.assert_allclose(b["r0"], want["r0"], atol=1e-5)
+            np.testing.assert_allclose(c["y"], want["y"], atol=1e-5)
+
+
+def test_pruned_file_is_valid(tmp_path):
+    model = residual_net()
+    PruneChannels().run(model, Context(calibration=data(model)))
+    model.graph.outputs[0].shape = ["N", 6]
+    model.save(tmp_path / "pruned.onnx")
+    onnx.checker.check_model(str(tmp_path / "pruned.onnx"), full_check=True)
