@@ -30,8 +30,15 @@ def link_library(objects: Sequence[str | Path], output: Path, triple: str) -> No
         TargetError: Zig is missing or fails.
     """
     # The symbols of TVM's runtime are found when the library is loaded.
-    arguments = ["build-lib", "-dynamic", "-fallow-shlib-undefined", "-lc", "-lm", *map(str, objects)]
-    _zig([*arguments, f"-femit-bin={output}"], triple)
+    arguments = [
+        "build-lib",
+        "-dynamic",
+        "-fallow-shlib-undefined",
+        "-lc",
+        "-lm",
+        *(str(Path(file).resolve()) for file in objects),
+    ]
+    _zig([*arguments, f"-femit-bin={output.resolve()}"], triple)  # Zig runs in a folder of its own
 
 
 def build_executable(source: Path, include: Sequence[Path], output: Path, triple: str) -> None:
@@ -40,8 +47,9 @@ def build_executable(source: Path, include: Sequence[Path], output: Path, triple
     Raises:
         TargetError: Zig is missing or fails.
     """
-    folders = [argument for folder in include for argument in ("-I", str(folder))]
-    _zig(["build-exe", str(source), "-O", "ReleaseSmall", "-lc", *folders, f"-femit-bin={output}"], triple)
+    folders = [argument for folder in include for argument in ("-I", str(folder.resolve()))]
+    arguments = ["build-exe", str(source.resolve()), "-O", "ReleaseSmall", "-lc", *folders]
+    _zig([*arguments, f"-femit-bin={output.resolve()}"], triple)
 
 
 def _zig(arguments: list[str], triple: str) -> None:
