@@ -1,8 +1,8 @@
 """Ranges of activations, measured in a stream: memory is bounded by the model, never by the number of samples.
 
 Pass one runs the model with ReduceMin, ReduceMax and Shape behind every watched tensor, so that nothing large leaves
-ONNX Runtime. Pass two fetches the tensors themselves, a chunk of them at a time, and keeps a histogram of each. A tensor
-that was ever not finite is marked so. Feeds may differ in shape.
+ONNX Runtime. Pass two fetches the tensors themselves, a chunk of them at a time, and keeps a histogram of each. A
+tensor that was ever not finite is marked so. Feeds may differ in shape.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     real = scale * (code - zero)
 
-Activations are uint8 with any zero; weights int8 per channel with zero 0; biases int32 with scale ``s_x * s_w``, so that
-they add to the accumulator as they are.
+Activations are uint8 with any zero; weights int8 per channel with zero 0; biases int32 with scale ``s_x * s_w``, so
+that they add to the accumulator as they are.
 
 A tensor that is carried keeps its name on the DequantizeLinear, so graph outputs, bodies and float readers need no
 change. New tensors have short names: a file of small weights would otherwise grow by them.
@@ -23,7 +23,7 @@ from onnxslim.passes._placement import Anchor, Chain, Placement, weight_axis
 if TYPE_CHECKING:
     from onnxslim.model import Model
 
-__all__ = ["Code", "Emitter", "TensorCode", "chain_code", "code_of_range", "quantize_weight"]
+__all__ = ["LEVELS", "Code", "Emitter", "TensorCode", "chain_code", "code_of_range", "quantize_weight"]
 
 FloatArray = NDArray[np.float64]
 LEVELS = 255

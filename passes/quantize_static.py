@@ -17,12 +17,12 @@ from pydantic import Field
 from onnxslim.errors import ModelError
 from onnxslim.graph.shapes import Shapes, infer_shapes
 from onnxslim.graph.walk import drop_value_info, hoist_constants, remove_dead_nodes
+from onnxslim.passes._absorb import absorb_adds, absorb_pads
 from onnxslim.passes._calibration import Method, Observed, choose_range, histograms, observe
 from onnxslim.passes._correction import corrections, output_error
 from onnxslim.passes._opset import raise_opset
-from onnxslim.passes._pads import absorb_pads
 from onnxslim.passes._placement import ANCHORS, Anchor, Placement, anchor_obstacle, matches, weight_axis
-from onnxslim.passes._qdq import Emitter, FloatArray, TensorCode, chain_code, code_of_range
+from onnxslim.passes._qdq import LEVELS, Emitter, FloatArray, TensorCode, chain_code, code_of_range
 from onnxslim.passes._weight_only import quantize_stored_weights
 from onnxslim.passes.base import Context, Outcome, Pass
 from onnxslim.runtime import Session
@@ -46,16 +46,16 @@ _SENSITIVITY_SECONDS = 60
 class QuantizeStatic(Pass):
     """Quantize weights and activations to int8, calibrated on unlabelled data, without float islands.
 
-    Each Conv, Gemm and MatMul with a constant weight becomes ``s_x s_w (q_x - z_x) q_w + b``: activations are uint8 with
-    one scale and zero a tensor, chosen on the calibration data; weights are int8 with a scale an output channel; biases
-    int32. Elementwise and moving ops between them stay in int8 where ONNX
-    Runtime has a kernel that fuses. Biases take back the mean shift of rounding (Nagel et al. 2019), where that lowers
-    the output error on calibration data that was held back. Other large weights (recurrent, transposed convolutions,
-    embeddings, in bodies) are stored in int8 and computed with in float.
+    Each Conv, Gemm and MatMul with a constant weight becomes ``s_x s_w (q_x - z_x) q_w + b``: activations are uint8
+    with one scale and zero a tensor, chosen on the calibration data; weights are int8 with a scale an output channel;
+    biases int32. Elementwise and moving ops between them stay in int8 where ONNX Runtime has a kernel that fuses.
+    Biases take back the mean shift of rounding (Nagel et al. 2019), where that lowers the output error on calibration
+    data that was held back. Other large weights (recurrent, transposed convolutions, embeddings, in bodies) are stored
+    in int8 and computed with in float.
 
     Right for convolutional and linear networks; a score that hangs on the small differences between large activations
-    may fall, and the guard then asks for :meth:`weaker`. Costs a few runs of the model over the calibration data; memory
-    is that of the model and a few batches, however many samples there are.
+    may fall, and the guard then asks for :meth:`weaker`. Costs a few runs of the model over the calibration data;
+    memory is that of the model and a few batches, however many samples there are.
     """
 
     name: ClassVar[str] = "quantize-static"
@@ -92,6 +92,7 @@ class QuantizeStatic(Pass):
             outcome.refuse("qdq", "model", f"{unraised}, and per-channel quantization needs {_OPSET}")
         else:
             absorb_pads(model)
+            absorb_adds(model)
             _Run(self, model, context.calibration.take(self.max_samples), context, outcome).run()
         if self.weight_only:
             stored = quantize_stored_weights(model, lambda node: matches(node, self.exclude), outcome)
@@ -109,6 +110,7 @@ class QuantizeStatic(Pass):
         else:
             remove_dead_nodes(model)
             drop_value_info(model)
+            outcome.numbers["share of weights in int8"] = _int8_share(model)
         return outcome
 
     def weaker(self) -> QuantizeStatic | None:
@@ -163,6 +165,7 @@ class _Run:
             "nodes quantized": float(len(placement.anchors)),
             "share of MACs quantized (estimate)": quantized / macs if macs else 0.0,
             "tensors in int8": float(len(placement.carried | placement.fed)),
+            "ranges clipped": float(self._clipped(placement)),
             "calibration samples": float(self.data.samples),
         }
 
@@ -313,7 +316,7 @@ class _Run:
         return _Split(self.data, batch, fit, feeds)
 
     def _correct(self, split: _Split) -> tuple[float, dict[str, FloatArray]]:
-        """The least output error on held-back samples, and the corrections that gave it (none: it is better without)."""
+        """The least output error on held-back samples, and the corrections that gave it, if any did."""
         teacher = Session(self.model)
         error = output_error(teacher, Session(self._emitted({})), split.held())
         corrected_ops = {anchor.node.op for anchor in self._place(self.model).anchors.values()} & {"Conv", "Gemm"}
@@ -346,6 +349,15 @@ class _Run:
             drop_value_info(alone)
             errors[name] = output_error(teacher, Session(alone), itertools.islice(split.held(), 2))
         return tuple(sorted(errors, key=lambda name: -errors[name])[: self.options.keep_float])
+
+    def _clipped(self, placement: Placement) -> int:
+        """How many tensors have values outside of their code."""
+        count = 0
+        for name in _own(placement):
+            code, entry = self.codes[name].read, self.observed[name]
+            low, high = code.scale * (-0.5 - code.zero), code.scale * (LEVELS + 0.5 - code.zero)
+            count += entry.low < low or entry.high > high
+        return count
 
     def _note(self, placement: Placement) -> None:
         for name, anchor in placement.anchors.items():
@@ -436,6 +448,17 @@ def _watched(graph: gs.Graph, shapes: Shapes) -> list[str]:
         if tensor.name and shapes.dtype(tensor) == np.float32:
             names[tensor.name] = None
     return list(names)
+
+
+def _int8_share(model: Model) -> float:
+    """The share of the elements of all weights, bodies included, that are stored in int8; small tensors aside."""
+    sizes: dict[int, tuple[int, bool]] = {}
+    for graph in model.graphs():
+        for tensor in (tensor for node in graph.nodes for tensor in node.inputs):
+            if isinstance(tensor, gs.Constant) and tensor.dtype in (np.int8, np.float32) and len(tensor.shape) > 1:
+                sizes[id(tensor)] = int(np.prod(tensor.shape)), tensor.dtype == np.int8
+    total = sum(size for size, _ in sizes.values())
+    return sum(size for size, int8 in sizes.values() if int8) / total if total else 0.0
 
 
 def _file_size(model: Model) -> int:

@@ -145,6 +145,7 @@ def test_mobile_block_fuses_completely_and_stays_close(tmp_path):
     assert not {"Conv", "Relu", "Clip", "Add", "Gemm", "DequantizeLinear"} & set(kernels)
     assert outcome.numbers["nodes quantized"] == 4
     assert outcome.numbers["share of MACs quantized (estimate)"] == pytest.approx(1.0)
+    assert outcome.numbers["share of weights in int8"] == 1.0
 
 
 def test_fused_kernels_give_what_the_standard_ops_say():
@@ -254,6 +255,19 @@ def test_zero_pads_become_those_of_the_convolution():
     model, _ = quantize(proto, images())
     assert not ops(model)["Pad"]
     assert decibels(proto, model, images(seed=5)) > 28
+
+
+def test_vector_added_to_the_channels_becomes_the_bias(tmp_path):
+    b = Builder()
+    b.node("Conv", ["x", b.weight("w", 64, 3, 3, 3)], "c", kernel_shape=[3, 3])
+    b.node("Add", ["c", b.constant("v", b.random.normal(size=(1, 64, 1, 1)).astype(np.float32))], "a")
+    b.conv("a", "d", 64, 16)
+    b.node("Add", [b.constant("u", b.random.normal(size=(16, 1, 1)).astype(np.float32)), "d"], "y")
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 16, 10, 10]})
+    model, _ = quantize(proto, images())
+    assert not ops(model)["Add"]
+    assert decibels(proto, model, images(seed=5)) > 28
+    assert fused(model, tmp_path)["QLinearConv"] == 2
 
 
 def test_hard_swish_chain_becomes_two_kernels_on_codes(tmp_path):

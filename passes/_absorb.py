@@ -1,4 +1,4 @@
-"""Zero padding in front of a convolution becomes the convolution's own: on codes, ONNX Runtime has no fused Pad."""
+"""Padding in front of a convolution and a vector added behind it become its own: on codes nothing else fuses them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnxslim.graph.walk import constant_value, is_graph_output, remove_node
 if TYPE_CHECKING:
     from onnxslim.model import Model
 
-__all__ = ["absorb_pads"]
+__all__ = ["absorb_adds", "absorb_pads"]
 
 
 def absorb_pads(model: Model) -> int:
@@ -63,3 +63,33 @@ def _takes(node: gs.Node, tensor: gs.Tensor, amounts: int) -> bool:
         and node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
         and len(node.attrs.get("pads") or [0] * amounts) == amounts
     )
+
+
+def absorb_adds(model: Model) -> int:
+    """Merge constant vectors added to the channels of a convolution's only use into its bias; return how many."""
+    absorbed = 0
+    for add in [node for node in model.graph.nodes if node.op == "Add" and not node.domain and len(node.inputs) == 2]:
+        index = 1 if isinstance(add.inputs[1], gs.Constant) else 0
+        vector, source = add.inputs[index], add.inputs[1 - index]
+        conv = source.inputs[0] if len(source.inputs) == 1 else None
+        if conv is None or conv.op != "Conv" or conv.domain or not isinstance(vector, gs.Constant):
+            continue
+        weight, bias = conv.inputs[1], conv.inputs[2] if len(conv.inputs) > 2 else None
+        if len(source.outputs) != 1 or is_graph_output(model.graph, source) or not isinstance(weight, gs.Constant):
+            continue
+        if bias is not None and not isinstance(bias, gs.Constant):
+            continue
+        rank, channels = len(weight.shape), weight.shape[0]
+        if [1] * (rank - len(vector.shape)) + list(vector.shape) != [1, channels] + [1] * (rank - 2):
+            continue
+        total = vector.values.reshape(-1) + (bias.values if bias is not None else 0)
+        merged = gs.Constant(model.fresh_name(vector.name), total)
+        if bias is None:
+            conv.inputs.append(merged)
+        else:
+            conv.inputs[2] = merged
+        result = add.outputs[0]
+        remove_node(model.graph, add)
+        conv.outputs[0] = result
+        absorbed += 1
+    return absorbed
