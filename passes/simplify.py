@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnxslim.graph.walk import hoist_constants
@@ -41,12 +42,10 @@ class Simplify(Pass):
         hoisted = _hoist(model)
         if hoisted:
             outcome.change("hoist-constants", "all graphs", f"made {hoisted} Constant nodes initializers")
-        while True:
-            # Fewer nodes let shape inference see further, which can prove another one superfluous.
-            changes = len(outcome.changes)
-            _sweep(model, outcome)
-            if len(outcome.changes) == changes:
-                break
+        inline = _may_inline(model)
+        _sweep_until_done(model, outcome, _RULES + CONTROL_RULES if inline else _RULES)
+        if inline is False:
+            outcome.refuse("inline-if", "all graphs", "with a branch inlined, the model would not pass shape inference")
         _drop_unused_initializers(model, outcome)
         _drop_unused_functions(model, outcome)
         _drop_unused_imports(model, outcome)
@@ -58,14 +57,44 @@ class Simplify(Pass):
         return outcome
 
 
-def _sweep(model: Model, outcome: Outcome) -> None:
-    """Apply all rules with the shapes that are known now."""
+_RULES: tuple[Rule, ...] = (*NOOP_RULES, *CHAIN_RULES, *BATCHNORM_RULES)
+
+
+def _may_inline(model: Model) -> bool | None:
+    """Whether inlining the branches that always run leaves a model that loads; None where there are none.
+
+    The result of an If often has no known rank. Once inlined it has one, and runtimes then refuse what they would have
+    let pass when it ran, such as a Range that starts at a vector of one number. So it is tried on a copy first.
+    """
+    if not any(node.op == "If" for graph in model.graphs() for node in graph.nodes):
+        return None
+    trial, outcome = model.copy(), Outcome()
+    _sweep_until_done(trial, outcome, _RULES + CONTROL_RULES)
+    if not any(change.rule == "inline-if" for change in outcome.changes):
+        return None
+    try:
+        onnx.shape_inference.infer_shapes(trial.to_skeleton(), strict_mode=True, data_prop=True)
+    except Exception:  # onnx raises several unrelated types; each means that a runtime may refuse the model too
+        return False
+    return True
+
+
+def _sweep_until_done(model: Model, outcome: Outcome, rules: tuple[Rule, ...]) -> None:
+    """Apply rules again while they fire: fewer nodes let shape inference see further."""
+    while True:
+        changes = len(outcome.changes)
+        _sweep(model, outcome, rules)
+        if len(outcome.changes) == changes:
+            return
+
+
+def _sweep(model: Model, outcome: Outcome, rules: tuple[Rule, ...]) -> None:
+    """Apply rules with the shapes that are known now."""
     rewriter = Rewriter(model)
-    rules: tuple[Rule, ...] = (*NOOP_RULES, *CHAIN_RULES, *CONTROL_RULES, *BATCHNORM_RULES, merge_nodes())
     merge_initializers(rewriter, outcome)
     while True:
         outcome.refusals.clear()
-        apply_rules(rewriter, rules, outcome)
+        apply_rules(rewriter, (*rules, merge_nodes()), outcome)
         if not merge_initializers(rewriter, outcome):
             break
     rewriter.finish()

@@ -323,6 +323,25 @@ def test_an_if_that_always_goes_one_way_is_inlined(flag):
     assert ops(model)["If"] == (2 if flag else 1)
 
 
+def test_an_if_is_not_inlined_where_that_would_stop_the_model_from_loading():
+    source = parse(
+        """g (int64 n) => (int64[m] z) {
+            c = Constant<value = bool {1}>()
+            y = If(c) <
+                then_branch = t () => (int64[1] p) { p = Constant<value = int64[1] {4}>() },
+                else_branch = e () => (int64 p) { p = Constant<value = int64 {5}>() }
+            >
+            zero = Constant<value = int64 {0}>()
+            one = Constant<value = int64 {1}>()
+            r = Range(zero, y, one)
+            z = Add(r, n)
+        }"""
+    )
+    model, (outcome,) = rewrite(source, Simplify(), feeds=[{"n": np.array(3)}])
+    assert ops(model)["If"] == 1
+    assert any(refusal.rule == "inline-if" for refusal in outcome.refusals)
+
+
 def test_a_loop_keeps_its_passed_through_condition():
     source = parse(
         """g (int64 m, float[n] x) => (float[n] y) {
