@@ -1,7 +1,7 @@
 """How the loops of each kernel run on a CPU: in tiles that stay in registers, in vectors, on several cores.
 
-TVM's own loops add into memory one number at a time. For each kernel with one reduction (a convolution, a matrix product,
-a pooling) the axis along which memory is contiguous moves innermost and becomes vectors, a second axis makes several of
+TVM's own loops add into memory one number at a time. For each kernel with one reduction (a convolution, a matrix
+product, a pooling) the axis along which memory is contiguous moves innermost and becomes vectors, a second axis makes several of
 them independent, and the sums stay in registers until the elementwise operations that follow have been applied. Per
 element of the output the additions keep their order, so results do not change.
 
@@ -194,7 +194,8 @@ class _Kernel:
             return None
         last = axes[-1]
         for read in self.schedule.get(block.block_rv).reads:
-            if read.region and last.var in tvm.tirx.analysis.undefined_vars(read.region[-1].min):
+            wide = [region for region, size in zip(read.region, read.source.shape, strict=True) if int(size) != 1]
+            if wide and last.var in tvm.tirx.analysis.undefined_vars(wide[-1].min):
                 return last
         return None
 
