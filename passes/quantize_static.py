@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["QuantizeStatic"]
 
 _OPSET = 13  # the first with per-channel DequantizeLinear
+_BROADCAST_OPSET = 7  # the first in which Mul broadcasts as stored weights need it
 _BATCH_BYTES = 48 << 20  # of the largest activation in one batch
 _BATCH = 32
 _FIT_SHARE = 0.75  # of the calibration data corrects biases; the rest decides whether that is kept
@@ -94,7 +95,7 @@ class QuantizeStatic(Pass):
             absorb_pads(model)
             absorb_adds(model)
             _Run(self, model, context.calibration.take(self.max_samples), context, outcome).run()
-        if self.weight_only:
+        if self.weight_only and model.opset >= _BROADCAST_OPSET:
             stored = quantize_stored_weights(model, lambda node: matches(node, self.exclude), outcome)
             outcome.numbers["weights stored in int8 only"] = float(stored)
         size_before, size_after = (_file_size(version) for version in (before, model))

@@ -548,6 +548,16 @@ def test_too_old_model_is_refused_but_its_weights_are_stored_in_int8():
     assert outcome.numbers["weights stored in int8 only"] > 0
 
 
+def test_opset_6_model_is_left_as_it_was():
+    b = Builder()
+    b.conv("x", "y", 3, 64)
+    proto = b.model({"x": [1, 3, 12, 12]}, {"y": [1, 64, 12, 12]}, opset=6)
+    model, outcome = quantize(proto, images(2))
+    assert not outcome.modified
+    assert "the model is at opset 6" in whys(outcome)
+    assert model.to_proto() == proto
+
+
 # -------------------------------------------------------------------------------------------------------- refusals
 
 
