@@ -107,7 +107,9 @@ def _build(
             notes=notes,
             files={},
         )
-        (stage / "README.txt").write_text(_readme(manifest), encoding="utf-8")
+        (stage / "README.txt").write_text(
+            _readme(manifest, has_runtime=(stage / "libtvm_runtime.so").is_file()), encoding="utf-8"
+        )
         manifest = manifest.model_copy(update={"files": bundles.hash_files(stage)})
         (stage / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
@@ -173,10 +175,9 @@ def _ffi_include() -> str:
     return str(libinfo.find_include_path())
 
 
-def _readme(manifest: Manifest) -> str:
+def _readme(manifest: Manifest, *, has_runtime: bool) -> str:
     pins = " ".join(f"{package}=={version}" for package, version in manifest.requires.items())
     ffi = f"apache-tvm-ffi=={manifest.requires['apache-tvm-ffi']}"
-    has_runtime = not any("runtime" in note for note in manifest.notes)
     inputs = "\n".join(f"  {entry.name}: {entry.dtype} {list(entry.shape)}" for entry in manifest.inputs)
     outputs = "\n".join(f"  {entry.name}: {entry.dtype} {list(entry.shape)}" for entry in manifest.outputs)
     template = resources.files("onnxslim.targets").joinpath("readme.txt").read_text(encoding="utf-8")

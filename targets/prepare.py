@@ -359,7 +359,8 @@ def _infer(proto: ModelProto) -> ModelProto | None:
 _FOLDABLE = frozenset({
     "Abs", "Add", "And", "Cast", "CastLike", "Ceil", "Clip", "Concat", "ConstantOfShape", "DequantizeLinear", "Div",
     "Equal", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Greater", "GreaterOrEqual",
-    "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pad", "Pow", "QuantizeLinear", "Range",
+    "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pad", "Pow", "QuantizeLinear",
+    "Range",
     "Reciprocal", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "ScatterElements", "ScatterND",
     "Shape", "Size", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tile", "Transpose", "Unsqueeze", "Where",
 })
@@ -449,7 +450,8 @@ def _evaluate(
             [helper.make_value_info(name, untyped) for name in feeds],
             [helper.make_value_info(name, untyped) for name in node.output if name],
         ),
-        opset_imports=[helper.make_opsetid("", opset)],
+        # The evaluator has these from version 19 on; what a file of an older version can hold, means the same there.
+        opset_imports=[helper.make_opsetid("", max(opset, 19) if "Linear" in node.op_type else opset)],
     )
     # The reference evaluator raises whatever NumPy or its own code does; then the node stays as it is.
     with contextlib.suppress(Exception), np.errstate(all="ignore"):

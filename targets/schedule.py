@@ -1,9 +1,9 @@
 """How the loops of each kernel run on a CPU: in tiles that stay in registers, in vectors, on several cores.
 
 TVM's own loops add into memory one number at a time. For each kernel with one reduction (a convolution, a matrix
-product, a pooling) the axis along which memory is contiguous moves innermost and becomes vectors, a second axis makes several of
-them independent, and the sums stay in registers until the elementwise operations that follow have been applied. Per
-element of the output the additions keep their order, so results do not change.
+product, a pooling) the axis along which memory is contiguous moves innermost and becomes vectors, a second axis makes
+several of them independent, and the sums stay in registers until the elementwise operations that follow have been
+applied. Per element of the output the additions keep their order, so results do not change.
 
 TVM checks every one of these steps; a kernel for which one is illegal keeps the loops that it came with.
 """

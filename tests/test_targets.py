@@ -17,6 +17,9 @@ from onnxslim.targets import _tvm as tvm_door
 from onnxslim.targets.bundle import new_folder
 from onnxslim.targets.prepare import prepare
 
+SUM = """<ir_version: 8, opset_import: ["" : 13]>
+g (float[N, 4] a, float[N, 4] b) => (float[N, 4] y) { y = Add (a, b) }"""
+
 
 def model(text):
     return parser.parse_model(text)
@@ -130,8 +133,20 @@ def test_prepare_folds_shape_arithmetic_once_sizes_are_pinned():
     assert still_open == ["Shape", "Gather", "Concat", "Reshape"]
 
 
+def test_a_quantized_constant_operand_is_folded_at_any_opset():
+    text = """<ir_version: 8, opset_import: ["" : 13]> g (float[1, 4] x) => (float[1, 6] y) {
+        q = Constant <value = uint8 {3}> ()
+        s = Constant <value_float = 0.5> ()
+        z = Constant <value = uint8 {3}> ()
+        fill = DequantizeLinear (q, s, z)
+        pads = Constant <value_ints = [0, 1, 0, 1]> ()
+        y = Pad (x, pads, fill)
+    }"""
+    assert [node.op_type for node in prepare(model(text)).proto.graph.node] == ["Pad"]
+
+
 def test_axes_that_share_a_symbol_are_pinned_together_but_unknown_ones_are_not():
-    text = '<ir_version: 8, opset_import: ["" : 13]> g (float[N, 4] a, float[N, 4] b) => (float[N, 4] y) { y = Add (a, b) }'
+    text = SUM
     prepared = prepare(model(text), {"a": [3, 4]})
     assert [entry.shape for entry in prepared.inputs] == [(3, 4), (3, 4)]
     assert prepared.outputs[0].shape == (3, 4)
@@ -150,7 +165,7 @@ def test_axes_that_share_a_symbol_are_pinned_together_but_unknown_ones_are_not()
     ],
 )
 def test_wrong_shapes_are_named(shapes, message):
-    text = '<ir_version: 8, opset_import: ["" : 13]> g (float[N, 4] a, float[N, 4] b) => (float[N, 4] y) { y = Add (a, b) }'
+    text = SUM
     with pytest.raises(TargetError, match=message):
         prepare(model(text), shapes)
 

@@ -165,7 +165,7 @@ def test_open_axis_that_tvm_cannot_compile_asks_for_shapes():
 
 
 def quantized_net():
-    """QDQ as our quantizer writes it: uint8 activations, int8 weights per channel, int32 bias with scales of its own."""
+    """QDQ as our quantizer writes it: uint8 activations, int8 weights per channel, int32 bias with its scales."""
     rng = np.random.default_rng(0)
     nodes, initializers = [], []
 
@@ -275,7 +275,8 @@ def test_int4_that_is_no_constant_sequences_and_ignored_attributes_are_unsupport
         "QuantizeLinear (int4 input)": ["quant"],
         "DequantizeLinear (int4 input)": ["dequant"],
     }
-    text = '<ir_version: 8, opset_import: ["" : 13]> g (float[4, 6] x) => (seq(float[4, 1]) s) { s = SplitToSequence <axis = 1> (x) }'
+    text = """<ir_version: 8, opset_import: ["" : 13]>
+    g (float[4, 6] x) => (seq(float[4, 1]) s) { s = SplitToSequence <axis = 1> (x) }"""
     assert unsupported_ops(parser.parse_model(text)) == {"input or output of type sequence": ["s"]}
     resize = graph_model(
         [helper.make_node("Resize", ["x", "", "", "sizes"], ["y"], name="up", axes=[2, 3])],
