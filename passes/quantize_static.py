@@ -87,7 +87,7 @@ class QuantizeStatic(Pass):
             outcome.refuse(self.name, "model", "there is no calibration data")
             return outcome
         before = model.copy()
-        _hoist(model)
+        hoist_constants(model)
         unraised = raise_opset(model, _OPSET)
         if unraised:
             outcome.refuse("qdq", "model", f"{unraised}, and per-channel quantization needs {_OPSET}")
@@ -412,21 +412,6 @@ class _Progress:
         self.done += 1
         share = min(1.0, self.done / self.batches)
         self.context.progress(round(self.start + share * (self.end - self.start)), 100)
-
-
-def _hoist(model: Model) -> None:
-    """Turn Constant nodes into initializers of the graph that they were in, which nested bodies may share."""
-    homes = [
-        (graph, node.outputs[0])
-        for graph in model.graphs()
-        for node in graph.nodes
-        if node.op == "Constant" and not node.domain and node.outputs
-    ]
-    hoist_constants(model)
-    for graph, tensor in homes:
-        listed = graph.__dict__.setdefault("initializers", [])
-        if isinstance(tensor, gs.Constant) and not any(tensor is other for other in listed):
-            listed.append(tensor)
 
 
 def _own(placement: Placement) -> list[str]:
