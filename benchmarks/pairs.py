@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of pair modules")
     parser.add_argument("names", nargs="*", help="only these modules")
     parser.add_argument("-o", "--output", type=Path, default=Path("pairs-out"))
-    parser.add_argument("--pass", dest="passes", action="append", help="default: fold-constants simplify quantize-static")
+    parser.add_argument("--pass", dest="passes", action="append", help="NAME[:OPTION=VALUE,…]; repeatable")
     parser.add_argument("--max-accuracy-drop", type=float, default=0.01)
     arguments = parser.parse_intermixed_args()
     sys.path.insert(0, str(arguments.folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def bench(
         if isinstance(subject, Bundle):
             runners[str(path)] = subject.prepare(feed)
         else:
-            runners[str(path)] = lambda subject=subject: subject.run(feed)
+            runners[str(path)] = partial(subject.run, feed)
             subject.run(feed)  # a feed that does not fit must fail here, with the file's name
     timings = interleaved_latency(runners, max_seconds=max_seconds)
     first = timings[str(paths[0])]

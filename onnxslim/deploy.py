@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from onnxslim.data import random_feeds
 from onnxslim.errors import ModelError, TargetError
 from onnxslim.measure import shapes_of
 from onnxslim.model import load
 from onnxslim.record import Latency, TargetEntry
-from onnxslim.runtime import Feed, Session, interleaved_latency
+from onnxslim.runtime import Feed, Session, Timing, interleaved_latency
 from onnxslim.targets import Bundle, Target, compile, find_target, runs_here, unsupported_ops, verify
 
 __all__ = ["deploy", "deploy_file", "time_bundle"]
@@ -70,7 +70,7 @@ def deploy(
     if not fitting:
         return entry.model_copy(update={"reason": "there is no sample of the sizes that it was compiled for"})
     check = verify(bundle, model_path, fitting)
-    found = {
+    found: dict[str, Any] = {
         "status": check.status,
         "reason": check.detail,
         "max_abs_error": check.max_abs_error,
@@ -120,7 +120,7 @@ def deploy_file(
 def _fits(feed: Feed, bundle: Bundle) -> bool:
     """Whether a feed has the sizes that a bundle was compiled for."""
     for entry in bundle.manifest.inputs:
-        actual = np.shape(feed.get(entry.name))
+        actual = feed[entry.name].shape if entry.name in feed else ()
         if len(actual) != len(entry.shape):
             return False
         if any(isinstance(size, int) and size != got for size, got in zip(entry.shape, actual, strict=True)):
@@ -135,9 +135,8 @@ def time_bundle(bundle: Bundle, model_path: Path, feed: Feed, threads: int) -> t
         {"onnxruntime": lambda: session.run(feed), "tvm": bundle.prepare(feed, threads=threads)},
         max_seconds=_LATENCY_SECONDS,
     )
-    common = {"threads": threads, "input_shapes": shapes_of(feed)}
-    reference = timings["onnxruntime"].latency(runtime="onnxruntime", **common)
-    latency = timings["tvm"].latency(
-        runtime="tvm", **common, baseline=timings["onnxruntime"], baseline_name="the same file in ONNX Runtime"
-    )
+    entry = partial(Timing.latency, threads=threads, input_shapes=shapes_of(feed))
+    baseline = timings["onnxruntime"]
+    reference = entry(baseline, runtime="onnxruntime")
+    latency = entry(timings["tvm"], runtime="tvm", baseline=baseline, baseline_name="the same file in ONNX Runtime")
     return latency, reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from onnxslim.errors import ModelError
 from onnxslim.graph.cost import layer_costs, node_count, op_histogram, parameter_count, total_macs
 from onnxslim.model import Model, file_sha256, load, size_on_disk
 from onnxslim.record import Latency, LayerSize, Snapshot
-from onnxslim.runtime import Feed, Session, interleaved_latency
+from onnxslim.runtime import Feed, Session, Timing, interleaved_latency
 
 __all__ = ["shapes_of", "snapshot", "time_pair"]
 
@@ -69,10 +70,9 @@ def time_pair(original: Path, result: Path, feed: Feed, threads: int, *, max_sec
     """Time two model files in ONNX Runtime, interleaved in this process, on the same feed and threads."""
     sessions = {"original": Session(original, threads=threads), "result": Session(result, threads=threads)}
     timings = interleaved_latency(
-        {name: (lambda session=session: session.run(feed)) for name, session in sessions.items()},
-        max_seconds=max_seconds,
+        {name: partial(session.run, feed) for name, session in sessions.items()}, max_seconds=max_seconds
     )
-    common = {"runtime": "onnxruntime", "threads": threads, "input_shapes": shapes_of(feed)}
-    before = timings["original"].latency(**common)
-    after = timings["result"].latency(**common, baseline=timings["original"], baseline_name="original in ONNX Runtime")
+    entry = partial(Timing.latency, runtime="onnxruntime", threads=threads, input_shapes=shapes_of(feed))
+    before = entry(timings["original"])
+    after = entry(timings["result"], baseline=timings["original"], baseline_name="original in ONNX Runtime")
     return before, after

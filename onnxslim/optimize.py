@@ -19,29 +19,26 @@ import onnxslim
 from onnxslim.data import Dataset, open_dataset, random_feeds
 from onnxslim.errors import OutputError, RecipeError, SlimError, TargetError
 from onnxslim.goals import judge, summarize, verdict
-from onnxslim.graph.cost import node_count, parameter_count
 from onnxslim.graph.shapes import input_shape
-from onnxslim.guard import check_lossless, check_runs, layer_errors
+from onnxslim.guard import layer_errors
 from onnxslim.measure import shapes_of, snapshot, time_pair
-from onnxslim.metrics import Metric, drop, evaluate, find_metric
-from onnxslim.model import Model, atomic_write, external_files, file_sha256, load, size_on_disk
-from onnxslim.passes import Context, Outcome, Pass, make_pass
+from onnxslim.metrics import Metric, find_metric
+from onnxslim.model import Model, atomic_write, external_files, file_sha256, load
+from onnxslim.pass_runner import PassRunner, Stage
+from onnxslim.passes import Pass, make_pass
 from onnxslim.recipe import Goals, Lock, Recipe, TargetOptions, write_lock
-from onnxslim.record import Check, DataEntry, PassEntry, Record, Score, Snapshot, TargetEntry
+from onnxslim.record import DataEntry, PassEntry, Record, Snapshot, TargetEntry
 from onnxslim.runtime import Feed, Session, environment, peak_memory
 from onnxslim.stages import StageCache, content_key, tool_fingerprint
 from onnxslim.targets import find_target
 
-__all__ = ["DEFAULT_BUDGET", "Progress", "Run", "optimize"]
+__all__ = ["Progress", "Run", "optimize"]
 
-DEFAULT_BUDGET = 0.01
-"""Loss against the original, in the metric's unit, above which a lossy pass is undone when the goals name none."""
-
-_ATTEMPTS = 4
 _LATENCY_SECONDS = 10.0
 _LAYER_ERROR_FEEDS = 8
 _MAX_AGREEMENT_SAMPLES = 256
 _VERIFY_FEEDS = 8
+_SLOWER = 1.05  # below this a ratio of medians is noise
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)``; ``total`` is 0 where it is not known."""
@@ -76,16 +73,6 @@ class Run:
     def report(self) -> Path:
         """The HTML report."""
         return self.folder / "report.html"
-
-
-@dataclass
-class _Stage:
-    """A model between two passes: in memory, on disk, and scored."""
-
-    model: Model
-    path: Path
-    score: Score | None
-    key: str
 
 
 def optimize(
@@ -204,7 +191,6 @@ class _Job:
         self.recipe = recipe
         self.folder = folder
         self.progress = progress
-        self.original_score: Score | None = None
         self.warnings: list[str] = []
         self.not_measured: list[str] = []
         self.passes = [make_pass(table["name"], _without_name(table)) for table in recipe.passes]
@@ -247,6 +233,18 @@ class _Job:
         self.feed = self._one_feed(specs)
         self.threads = recipe.threads or _cores()
         self.cache = StageCache(folder / ".cache")
+        self.runner = PassRunner(
+            self.cache,
+            self.original,
+            self.session,
+            calibration=self.calibration,
+            scored=self.scored,
+            metric=self.metric,
+            budget=recipe.goals.max_accuracy_drop,
+            shapes=recipe.shapes,
+            seed=recipe.seed,
+            progress=progress,
+        )
 
     # --------------------------------------------------------------------------------------------------- preparing
 
@@ -313,7 +311,7 @@ class _Job:
         entries: list[PassEntry] = []
         for number, pass_ in enumerate(self.passes, start=1):
             self.progress(f"{number}/{len(self.passes)} {pass_.name}", 0, 0)
-            stage, entry = self._apply(stage, pass_)
+            stage, entry = self.runner.apply(stage, pass_)
             entries.append(entry)
         self._write_model(stage)
         result = self.folder / "model.onnx"
@@ -322,6 +320,11 @@ class _Job:
         targets = [self._compile(target, stage, result) for target in self.targets]
         self.progress("comparing layer by layer", 0, 0)
         errors = self._layer_errors(original.model, stage.model)
+        if after.latency is not None and (after.latency.ratio or 0) > _SLOWER:
+            self.warnings.append(
+                f"the result takes {after.latency.ratio:.2f} of the original's time in ONNX Runtime on this machine: "
+                "smaller, but not faster."
+            )
         goals = judge(self.recipe.goals, self.recipe.targets, before, after, targets)
         record = Record(
             tool_version=onnxslim.__version__,
@@ -338,14 +341,14 @@ class _Job:
             targets=targets,
             layer_errors=errors,
             data=self._data_entries(),
-            warnings=self.warnings,
+            warnings=[*self.warnings, *self.runner.warnings],
             not_measured=self._all_not_measured(after, targets),
             environment=environment(),
         )
         self._write(record)
         return Run(self.folder, record, stage.model)
 
-    def _first_stage(self) -> _Stage:
+    def _first_stage(self) -> Stage:
         path = self.original_path
         if path is None:
             self.cache.folder.mkdir(parents=True, exist_ok=True)
@@ -361,151 +364,19 @@ class _Job:
             shapes=self.recipe.shapes,
             goals=self.recipe.goals.max_accuracy_drop,
         )
-        self.progress("scoring the original", 0, 0)
-        score = self.original_score = self._score(path, key)
+        stage = self.runner.first(path, key)
+        score = stage.score
         wanted = self.recipe.goals.min_accuracy
         if wanted is not None and score is not None and score.value < wanted:
             raise RecipeError(
                 f"goal min_accuracy = {wanted:g} is out of reach: the original itself scores {score.value:.4g} "
                 f"({score.metric} over {score.samples} samples)."
             )
-        return _Stage(self.original, path, self.original_score, key)
-
-    def _score(self, path: Path, key: str) -> Score | None:
-        """Score a model file, or take the score that an earlier run gave the same file."""
-        if self.scored is None or self.metric is None:
-            return None
-        score_key = content_key(score=key)
-        cached = self.cache.get(score_key, Score)
-        if cached is not None:
-            return cached[0]
-
-        def tick(done: int, total: int) -> None:
-            self.progress("scoring", done, total)
-
-        score = evaluate(path, self.scored, self.metric, reference=self.session, progress=tick)
-        with self.cache.workspace() as workspace:
-            self.cache.put(score_key, score, workspace)
-        return score
-
-    def _apply(self, stage: _Stage, pass_: Pass) -> tuple[_Stage, PassEntry]:
-        """Apply one pass, guard it, and return the stage after it: the new model, or the old one if it did not hold."""
-        key = content_key(stage=stage.key, **{"pass": pass_.name, "options": pass_.options()})
-        cached = self.cache.get(key, PassEntry)
-        if cached is not None:
-            entry, folder = cached
-            entry = entry.model_copy(update={"cached": True})
-            if entry.status != "kept":
-                return _Stage(stage.model, stage.path, stage.score, key), entry
-            path = folder / "model.onnx"
-            if path.is_file():
-                return _Stage(load(path), path, entry.score_after, key), entry
-        attempt: Pass | None = pass_
-        attempts = 0
-        with self.cache.workspace() as workspace:
-            while attempt is not None:
-                attempts += 1
-                entry, model = self._attempt(stage, attempt, workspace / "model.onnx")
-                if entry.status != "rolled back" or attempts == _ATTEMPTS:
-                    break
-                weaker = attempt.weaker()
-                if weaker is None or entry.lossless:
-                    break
-                attempt = weaker
-            entry = entry.model_copy(update={"attempts": attempts})
-            if model is None:
-                for left in workspace.glob("model.onnx*"):
-                    left.unlink()
-            if entry.status == "failed":  # perhaps for a reason outside of the run: try again next time
-                return _Stage(stage.model, stage.path, stage.score, key), entry
-            folder = self.cache.put(key, entry, workspace)
-        if model is None:
-            return _Stage(stage.model, stage.path, stage.score, key), entry
-        path = folder / "model.onnx"
-        return _Stage(load(path), path, entry.score_after, key), entry
-
-    def _attempt(self, stage: _Stage, pass_: Pass, path: Path) -> tuple[PassEntry, Model | None]:
-        """Run one pass at one strength; the model comes back only when it is to be kept."""
-        started = time.perf_counter()
-
-        def tick(done: int, total: int) -> None:
-            self.progress(pass_.name, done, total)
-
-        context = Context(
-            calibration=self.calibration,
-            teacher=self.original,
-            shapes=self.recipe.shapes,
-            seed=self.recipe.seed,
-            progress=tick,
-        )
-        candidate = stage.model.copy()
-        outcome = Outcome()
-        checks: list[Check] = []
-        score = stage.score
-        size = size_on_disk(stage.path)
-        try:
-            outcome = pass_.run(candidate, context)
-        except Exception as error:  # a bug or a user error inside one pass must not cost the run; the report names it
-            status, reason = "failed", f"{type(error).__name__}: {error}"
-            self.warnings.append(f"pass {pass_.name} failed and was left out: {reason}")
-        else:
-            if not outcome.modified:
-                status = "no change"
-                reason = outcome.refusals[0].why if outcome.refusals else "found nothing to do"
-            else:
-                candidate.save(path)
-                status, reason, checks, score = self._judge(stage, pass_, candidate, path)
-                size = size_on_disk(path)
-        changed = status in ("kept", "rolled back")
-        entry = PassEntry(
-            name=pass_.name,
-            options=pass_.options(),
-            lossless=pass_.lossless,
-            status=status,
-            reason=reason,
-            seconds=time.perf_counter() - started,
-            changes=[vars(change) for change in outcome.changes],
-            refusals=[vars(refusal) for refusal in outcome.refusals],
-            numbers=outcome.numbers,
-            checks=checks,
-            size_before=size_on_disk(stage.path),
-            size_after=size,
-            nodes_before=node_count(stage.model),
-            nodes_after=node_count(candidate if changed else stage.model),
-            parameters_before=parameter_count(stage.model),
-            parameters_after=parameter_count(candidate if changed else stage.model),
-            score_before=stage.score,
-            score_after=score,
-        )
-        return entry, candidate if status == "kept" else None
-
-    def _judge(
-        self, stage: _Stage, pass_: Pass, candidate: Model, path: Path
-    ) -> tuple[str, str, list[Check], Score | None]:
-        """Guard and score the file that a pass made."""
-        data = self.calibration or self.evaluation
-        if pass_.lossless:
-            checks = check_lossless(
-                stage.model, candidate, dataset=data, shapes=self.recipe.shapes, seed=self.recipe.seed
-            )
-        else:
-            checks = check_runs(candidate, data, before=stage.model)
-        broken = next((check for check in checks if not check.ok), None)
-        if broken is not None:
-            return "rolled back", f"{broken.name}: {broken.detail}", checks, None
-        score = self._score(path, file_sha256(path) + stage.key)
-        if pass_.lossless or score is None:
-            return "kept", "the outputs are as they were", checks, score
-        assert self.original_score is not None  # scored first, with the same data and metric
-        lost = drop(self.original_score, score)
-        budget = self.recipe.goals.max_accuracy_drop
-        limit = DEFAULT_BUDGET if budget is None else budget
-        sentence = f"{score.metric} {score.value:.4g}, {lost:.4g} below the original's, budget {limit:g}"
-        return ("kept" if lost <= limit + 1e-9 else "rolled back"), sentence, checks, score
+        return stage
 
     # ------------------------------------------------------------------------------------------------- measuring
 
-    def _snapshots(self, original: _Stage, final: _Stage, result: Path) -> tuple[Snapshot, Snapshot]:
+    def _snapshots(self, original: Stage, final: Stage, result: Path) -> tuple[Snapshot, Snapshot]:
         """Measure the original and the written result side by side, or take that from an earlier run."""
         key = content_key(pair=[file_sha256(original.path), file_sha256(result)], stage=final.key, threads=self.threads)
         cached = self.cache.get(key, _Pair)
@@ -526,7 +397,7 @@ class _Job:
             self.cache.put(key, pair, workspace)
         return pair.before, pair.after
 
-    def _compile(self, name: str, stage: _Stage, result: Path) -> TargetEntry:
+    def _compile(self, name: str, stage: Stage, result: Path) -> TargetEntry:
         """Compile the result for one target, run it where it can run, time it beside ONNX Runtime."""
         from onnxslim.deploy import deploy
 
@@ -601,7 +472,7 @@ class _Job:
 
     # --------------------------------------------------------------------------------------------------- writing
 
-    def _write_model(self, stage: _Stage) -> None:
+    def _write_model(self, stage: Stage) -> None:
         """Put the last stage into the output folder: the file that was scored, byte for byte where it is one file."""
         result = self.folder / "model.onnx"
         if external_files(stage.path):

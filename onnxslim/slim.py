@@ -15,6 +15,9 @@ from onnxslim.model import Model, load
 from onnxslim.passes import PASSES, Context, Outcome
 from onnxslim.record import Check
 
+# What one pass finds, another may use: an inlined branch holds constants to fold. A third round never found anything.
+_ROUNDS = 2
+
 __all__ = ["SlimRun", "SlimStep", "simplify_model", "slim"]
 
 
@@ -59,8 +62,9 @@ def simplify_model(
     steps: list[SlimStep] = []
     current = model.copy()
     kinds = [kind for kind in PASSES.values() if kind.lossless]
-    for number, kind in enumerate(kinds):
-        progress(kind.name, number, len(kinds))
+    for number in range(_ROUNDS * len(kinds)):
+        kind = kinds[number % len(kinds)]
+        progress(kind.name, number, _ROUNDS * len(kinds))
         candidate = current.copy()
         outcome = kind().run(candidate, Context(shapes=input_shapes or {}))
         checks: list[Check] = []
@@ -70,6 +74,8 @@ def simplify_model(
         if kept:
             current = candidate
         steps.append(SlimStep(kind.name, outcome, checks, kept, node_count(current), parameter_count(current)))
+        if len(steps) >= len(kinds) and not any(step.kept for step in steps[-len(kinds) :]):
+            break
     return SlimRun(current, steps)
 
 

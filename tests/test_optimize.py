@@ -233,8 +233,9 @@ def test_a_missed_goal_is_the_verdict_and_the_exit_code(small, tmp_path, command
     assert (code, out, err) == (1, "", "")
 
 
-def test_targets_are_compiled_verified_and_timed(small, tmp_path):
-    run = _optimize(small, tmp_path / "out", targets=[{"name": "native", "max_latency": "10 s"}], shapes=None)
+def test_targets_are_compiled_verified_and_timed(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = _optimize(small, "out", targets=[{"name": "native", "max_latency": "10 s"}], shapes=None)
     entry = run.record.targets[0]
     assert entry.status == "verified", entry.reason
     assert entry.where == "this machine"

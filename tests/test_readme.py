@@ -61,7 +61,10 @@ def test_the_demo_meets_its_goals(folder):
     assert record.before.score.value - record.after.score.value <= 0.015
     assert record.before.size_bytes >= 6 * record.after.size_bytes
     assert (folder / "demo-out" / "model.onnx").stat().st_size == record.after.size_bytes
-    assert [entry.name for entry in record.passes if entry.status == "kept"][-2:] == ["prune-channels", "quantize-static"]
+    assert [entry.name for entry in record.passes if entry.status == "kept"][-2:] == [
+        "prune-channels",
+        "quantize-static",
+    ]
     native, pi = record.targets
     assert native.status == "verified"
     assert native.latency is not None

@@ -38,7 +38,8 @@ class Shapes:
     def dtype(self, tensor: gs.Tensor) -> np.dtype | None:
         """The dtype of a tensor; None where it is unknown or the value is not a dense tensor."""
         if isinstance(tensor, gs.Constant):
-            return np.dtype(tensor.dtype)
+            dtype: np.dtype = np.dtype(tensor.dtype)
+            return dtype
         return self._known.get(id(tensor), (None, None))[0]
 
     def observe(self, graph: gs.Graph, shapes: Mapping[str, Sequence[int]]) -> None:

@@ -43,7 +43,7 @@ def constant_value(tensor: gs.Tensor) -> np.ndarray | None:
     The array is not to be written to. Overridable initializers (those that are graph inputs too) are not constant.
     """
     if isinstance(tensor, gs.Constant):
-        return tensor.values
+        return np.asarray(tensor.values)
     if len(tensor.inputs) == 1 and tensor.inputs[0].op == "Constant" and not tensor.inputs[0].domain:
         return _constant_node_value(tensor.inputs[0])
     return None
@@ -54,7 +54,7 @@ def _constant_node_value(node: gs.Node) -> np.ndarray | None:
         if isinstance(value, gs.Node.AttributeRef):
             return None
         if name == "value" and isinstance(value, gs.Constant):
-            return value.values
+            return np.asarray(value.values)
         if name in _CONSTANT_ATTRIBUTES:
             return np.array(value, _CONSTANT_ATTRIBUTES[name])
     return None
@@ -89,6 +89,7 @@ def hoist_constants(model: Model) -> int:
             if isinstance(attribute, gs.Constant):
                 tensor.source = attribute.__dict__.get("source")
             tensor._export_dtype = None
+            graph.initializers.append(tensor)  # this graph defines it, also where only bodies read it
             hoisted += 1
         graph.nodes = kept
     return hoisted

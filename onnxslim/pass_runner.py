@@ -1,0 +1,216 @@
+"""Applying one pass: on a copy, guarded, scored as the file that it wrote, tried weaker, undone if it does not hold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from onnxslim.data import Dataset
+from onnxslim.graph.cost import node_count, parameter_count
+from onnxslim.guard import check_lossless, check_runs
+from onnxslim.metrics import Metric, drop, evaluate
+from onnxslim.model import Model, file_sha256, load, size_on_disk
+from onnxslim.passes import Context, Outcome, Pass
+from onnxslim.record import Check, PassEntry, Score
+from onnxslim.runtime import Session
+from onnxslim.stages import StageCache, content_key
+
+__all__ = ["DEFAULT_BUDGET", "PassRunner", "Stage"]
+
+DEFAULT_BUDGET = 0.01
+"""Loss against the original, in the metric's unit, above which a lossy pass is undone when the goals name none."""
+
+_ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model between two passes: in memory, on disk, and scored; ``key`` hashes all that it came from."""
+
+    model: Model
+    path: Path
+    score: Score | None
+    key: str
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What the guard and the score say of one attempt."""
+
+    status: Literal["kept", "rolled back", "no change", "failed"]
+    reason: str
+    checks: list[Check] = field(default_factory=list)
+    score: Score | None = None
+
+
+class PassRunner:
+    """Applies passes to stages, and keeps what came of each by content hash.
+
+    Attributes:
+        cache: where stages are kept.
+        original: the model before any pass: the teacher of lossy passes, the reference of scores.
+        session: that model in ONNX Runtime.
+        calibration: unlabelled data for passes.
+        scored: data for the score; None where there is none.
+        metric: what the score is; None where there is no data.
+        budget: loss against the original above which a lossy pass is undone; None for :data:`DEFAULT_BUDGET`.
+        shapes: sizes that the user gave for dynamic inputs.
+        seed: of whatever is random.
+        progress: called as ``progress(what, done, total)``.
+        warnings: what went wrong without costing the run.
+    """
+
+    def __init__(
+        self,
+        cache: StageCache,
+        original: Model,
+        session: Session,
+        *,
+        calibration: Dataset | None,
+        scored: Dataset | None,
+        metric: Metric | None,
+        budget: float | None,
+        shapes: dict[str, list[int]],
+        seed: int,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        self.cache = cache
+        self.original = original
+        self.session = session
+        self.calibration = calibration
+        self.scored = scored
+        self.metric = metric
+        self.budget = DEFAULT_BUDGET if budget is None else budget
+        self.shapes = shapes
+        self.seed = seed
+        self.progress = progress
+        self.warnings: list[str] = []
+        self.original_score: Score | None = None
+
+    def first(self, path: Path, key: str) -> Stage:
+        """Score the original, which lies in ``path``, and return the stage before any pass."""
+        self.progress("scoring the original", 0, 0)
+        self.original_score = self._score(path, key)
+        return Stage(self.original, path, self.original_score, key)
+
+    def apply(self, stage: Stage, pass_: Pass) -> tuple[Stage, PassEntry]:
+        """Apply one pass and return the stage after it: the new model, or the old one where the new does not hold."""
+        key = content_key(stage=stage.key, **{"pass": pass_.name, "options": pass_.options()})
+        unchanged = Stage(stage.model, stage.path, stage.score, key)
+        cached = self.cache.get(key, PassEntry)
+        if cached is not None:
+            entry, folder = cached
+            entry = entry.model_copy(update={"cached": True})
+            path = folder / "model.onnx"
+            if entry.status != "kept":
+                return unchanged, entry
+            if path.is_file():
+                return Stage(load(path), path, entry.score_after, key), entry
+        with self.cache.workspace() as workspace:
+            entry = self._try(stage, pass_, workspace / "model.onnx")
+            if entry.status == "failed":  # perhaps for a reason outside of the run: try again next time
+                return unchanged, entry
+            if entry.status != "kept":
+                for left in workspace.glob("model.onnx*"):
+                    left.unlink()
+            folder = self.cache.put(key, entry, workspace)
+        if entry.status != "kept":
+            return unchanged, entry
+        path = folder / "model.onnx"
+        return Stage(load(path), path, entry.score_after, key), entry
+
+    def _try(self, stage: Stage, pass_: Pass, path: Path) -> PassEntry:
+        """Try a pass, weaker and weaker while it is out of budget."""
+        attempt = pass_
+        for attempts in range(1, _ATTEMPTS + 1):
+            entry = self._attempt(stage, attempt, path).model_copy(update={"attempts": attempts})
+            weaker = attempt.weaker()
+            if entry.status != "rolled back" or attempt.lossless or weaker is None:
+                break
+            attempt = weaker
+        return entry
+
+    def _attempt(self, stage: Stage, pass_: Pass, path: Path) -> PassEntry:
+        """Run a pass at one strength on a copy, write the result to ``path`` and judge that file."""
+        started = time.perf_counter()
+
+        def tick(done: int, total: int) -> None:
+            self.progress(pass_.name, done, total)
+
+        context = Context(
+            calibration=self.calibration, teacher=self.original, shapes=self.shapes, seed=self.seed, progress=tick
+        )
+        result = stage.model.copy()
+        outcome = Outcome()
+        try:
+            outcome = pass_.run(result, context)
+        except Exception as error:  # a bug in one pass must not cost the run; the record names it
+            finding = _Finding("failed", f"{type(error).__name__}: {error}", score=stage.score)
+            self.warnings.append(f"pass {pass_.name} failed and was left out: {finding.reason}")
+        else:
+            if outcome.modified:
+                result.save(path)
+                finding = self._judge(stage, pass_, result, path)
+            else:
+                reason = outcome.refusals[0].why if outcome.refusals else "found nothing to do"
+                finding = _Finding("no change", reason, score=stage.score)
+        made = finding.status in ("kept", "rolled back")
+        after = result if made else stage.model
+        return PassEntry(
+            name=pass_.name,
+            options=pass_.options(),
+            lossless=pass_.lossless,
+            status=finding.status,
+            reason=finding.reason,
+            seconds=time.perf_counter() - started,
+            changes=[vars(change) for change in outcome.changes],
+            refusals=[vars(refusal) for refusal in outcome.refusals],
+            numbers=outcome.numbers,
+            checks=finding.checks,
+            size_before=size_on_disk(stage.path),
+            size_after=size_on_disk(path if made else stage.path),
+            nodes_before=node_count(stage.model),
+            nodes_after=node_count(after),
+            parameters_before=parameter_count(stage.model),
+            parameters_after=parameter_count(after),
+            score_before=stage.score,
+            score_after=finding.score,
+        )
+
+    def _judge(self, stage: Stage, pass_: Pass, result: Model, path: Path) -> _Finding:
+        """Guard what a pass made against the stage before it, and score the file against the original."""
+        data = self.calibration or self.scored
+        if pass_.lossless:
+            checks = check_lossless(stage.model, result, dataset=data, shapes=self.shapes, seed=self.seed)
+        else:
+            checks = check_runs(result, data, before=stage.model, shapes=self.shapes, seed=self.seed)
+        broken = next((check for check in checks if not check.ok), None)
+        if broken is not None:
+            return _Finding("rolled back", f"{broken.name}: {broken.detail}", checks)
+        score = self._score(path, file_sha256(path) + stage.key)
+        if pass_.lossless or score is None or self.original_score is None:
+            return _Finding("kept", "the outputs are as they were", checks, score)
+        lost = drop(self.original_score, score)
+        reason = f"{score.metric} {score.value:.4g}, {lost:.4g} below the original's, budget {self.budget:g}"
+        # A score is a count over samples: 0.95 - 0.94 must not miss 0.01 by the last bit of a float.
+        return _Finding("kept" if lost <= self.budget + 1e-9 else "rolled back", reason, checks, score)
+
+    def _score(self, path: Path, key: str) -> Score | None:
+        """Score a model file, or take the score that an earlier run gave the same file on the same data."""
+        if self.scored is None or self.metric is None:
+            return None
+        score_key = content_key(score=key)
+        cached = self.cache.get(score_key, Score)
+        if cached is not None:
+            return cached[0]
+
+        def tick(done: int, total: int) -> None:
+            self.progress("scoring", done, total)
+
+        score = evaluate(path, self.scored, self.metric, reference=self.session, progress=tick)
+        with self.cache.workspace() as workspace:
+            self.cache.put(score_key, score, workspace)
+        return score
