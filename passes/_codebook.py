@@ -76,7 +76,8 @@ def kmeans(values: FloatArray, count: int, weights: FloatArray | None = None) ->
         mass = total[total > 0]
     else:
         order = np.argsort(values, kind="stable")
-        points, mass = values[order], mass[order]
+        points = np.asarray(values[order], np.float64)
+        mass = mass[order]
     if not mass.sum() > 0:
         mass = np.ones_like(points)
     summed = np.concatenate([[0.0], np.cumsum(mass)])

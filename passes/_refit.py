@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from onnxslim.data import Dataset
     from onnxslim.model import Model
 
-__all__ = ["Split", "by_input", "loss", "moments_between", "output_errors", "refits"]
+__all__ = ["Split", "by_input", "channel_weights", "loss", "moments_between", "output_errors", "refits"]
 
 Array = NDArray[Any]
 FloatArray = NDArray[np.float64]
@@ -31,6 +31,7 @@ MOMENTS_BYTES = 1 << 30  # held at a time for the layers of one group
 BATCH = 32
 SAMPLES = 512  # more hardly change the fit (400 and 1,000 images gave the same) and each layer runs over all of them
 FOLD = 5
+WIDEST = 4608  # inputs (512 channels of 3 x 3): moments and their inverse grow with the square and the cube
 RIDGES = (1e-2, 3e-1)  # shares of the mean input energy
 
 
@@ -70,9 +71,12 @@ class Split:
 
 
 def by_input(layers: Sequence[LinearLayer]) -> Iterator[list[LinearLayer]]:
-    """Layers in their order; those that read one tensor do not depend on each other and share a forward pass."""
+    """Layers in their order; those that read one tensor do not depend on each other and share a forward pass.
+
+    Layers of more than ``WIDEST`` inputs are left out.
+    """
     groups: dict[str, list[LinearLayer]] = {}
-    for layer in layers:
+    for layer in (layer for layer in layers if layer.shape[2] <= WIDEST):
         groups.setdefault(layer.data.name, []).append(layer)
     for group in groups.values():
         part: list[LinearLayer] = []
@@ -149,10 +153,22 @@ def refits(matrices: FloatArray, moments: Moments) -> Iterator[FloatArray]:
             yield solved.transpose(0, 2, 1)
 
 
+def channel_weights(moments: Moments) -> FloatArray:
+    """What an error of each output counts, ``[G, O]``: one over its variance, with a floor.
+
+    The scale of a channel says nothing of its worth: a BatchNorm behind it may bring all to one scale.
+    """
+    assert moments.sum_yy is not None
+    variance = np.maximum(moments.sum_yy / max(moments.count, 1) - moments.mean_y**2, 0.0)
+    weights: FloatArray = 1.0 / (variance + 1e-2 * variance.mean() + 1e-30)
+    return weights / weights.mean()
+
+
 def loss(matrices: FloatArray, moments: Moments) -> float:
-    """Variance of what ``matrices`` ``[G, O, K]`` get wrong about the targets, up to a constant."""
-    within = np.einsum("gok,gok->", matrices @ moments.covariance, matrices)
-    return float(within - 2 * np.einsum("gok,gko->", matrices, moments.cross_covariance))
+    """Variance of what ``matrices`` ``[G, O, K]`` get wrong about the targets, by channel weight, less a constant."""
+    within = np.einsum("gok,gok->go", matrices @ moments.covariance, matrices)
+    across = np.einsum("gok,gko->go", matrices, moments.cross_covariance)
+    return float((channel_weights(moments) * (within - 2 * across)).sum())
 
 
 def output_errors(teacher: Model, models: Sequence[Model], data: Split) -> list[float]:

@@ -19,7 +19,7 @@ from onnxslim.passes._bias import add_to_bias, bias_of
 from onnxslim.passes._factors import Candidate, Factors, plain_matrix, replace_by_factors, set_product
 from onnxslim.passes._identical import main_graphs
 from onnxslim.passes._ranks import choose_ranks, spectrum
-from onnxslim.passes._refit import Split, by_input, loss, moments_between, output_errors, refits
+from onnxslim.passes._refit import WIDEST, Split, by_input, loss, moments_between, output_errors, refits
 from onnxslim.passes._statistics import Moments, input_moments, linear_layer
 from onnxslim.passes.base import Context, Outcome, Pass
 
@@ -31,6 +31,8 @@ __all__ = ["FactorizeLowRank"]
 FloatArray = NDArray[np.float64]
 
 NODE_BYTES = 256  # a second node, its weight's entry and its names
+_Option = tuple[FloatArray, tuple[FloatArray, FloatArray] | None]  # a weight [G, O, K], its factors where it has them
+
 SMALL = 1024  # weights: a second node costs more time than such a layer can save
 GROUP_BYTES = 1 << 30
 
@@ -165,7 +167,7 @@ class FactorizeLowRank(Pass):
             elif self.cost == "macs":
                 outcome.refuse("macs", candidate.node.name, "the shape of its output is unknown: counted as one row")
         if feeds is not None:
-            for part in _parts([c for c in candidates if c.layer is not None]):
+            for part in _parts([c for c in candidates if c.layer is not None and c.matrix.shape[1] <= WIDEST]):
                 batches = Split(feeds).fitting()
                 moments = input_moments(model, [c.node for c in part], batches, seed=context.seed)
                 for candidate in part:
@@ -174,7 +176,9 @@ class FactorizeLowRank(Pass):
             if candidate.spectrum is None:
                 candidate.spectrum = spectrum(candidate.matrix, None)
                 if feeds is not None:
-                    outcome.refuse("calibration", candidate.node.name, "no statistics for this layout: plain SVD")
+                    outcome.refuse(
+                        "calibration", candidate.node.name, "no statistics for this layout or width: plain SVD"
+                    )
 
     # --------------------------------------------------------------------------------------------------------- ranks
 
@@ -317,7 +321,7 @@ class FactorizeLowRank(Pass):
                 blocks, outputs, _ = layer.shape
                 present = bias_of(layer.node, blocks * outputs)
                 assert present is not None
-                options = [(dense, None), *((matrices, None) for matrices in refits(dense, seen))]
+                options: list[_Option] = [(matrices, None) for matrices in (dense, *refits(dense, seen))]
                 if key in chosen:
                     options = [_split(matrices[0], seen, chosen[key]) for matrices, _ in options]
                 matrices, pair = min(options, key=lambda option: loss(option[0], held))
@@ -352,7 +356,7 @@ class _Whole:
 
 def _damping(moments: Moments) -> float:
     """More for few rows: directions that the data did not show may still occur."""
-    return 1e-4 + 1e-2 * min(1.0, moments.gram.shape[1] / max(moments.count, 1))
+    return float(1e-4 + 1e-2 * min(1.0, moments.gram.shape[1] / max(moments.count, 1)))
 
 
 def _take_moments(candidate: Candidate, moments: Moments) -> None:
@@ -378,7 +382,7 @@ def _parts(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
         yield part
 
 
-def _split(matrix: FloatArray, moments: Moments, rank: int) -> tuple[FloatArray, tuple[FloatArray, FloatArray] | None]:
+def _split(matrix: FloatArray, moments: Moments, rank: int) -> _Option:
     """The product ``[1, O, K]`` of the best factors of this rank, and the factors."""
     first, second = spectrum(matrix, moments.covariance[0], _damping(moments)).factors(matrix, rank)
     return (second @ first)[None], (first, second)

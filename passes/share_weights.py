@@ -19,7 +19,7 @@ from onnxslim.passes._bias import add_to_bias, bias_of
 from onnxslim.passes._codebook import Coded, assign_with_feedback, fit, nearest
 from onnxslim.passes._identical import main_graphs, share_identical
 from onnxslim.passes._packed import CodebookWriter
-from onnxslim.passes._refit import Split, by_input, loss, moments_between, output_errors, refits
+from onnxslim.passes._refit import Split, by_input, channel_weights, loss, moments_between, output_errors, refits
 from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
 from onnxslim.passes.base import Context, Outcome, Pass
 
@@ -224,11 +224,12 @@ class ShareWeights(Pass):
                 layers.append(layer)
         plan = _Plan(dict(plain), [])
         # A layer is fitted on what its predecessors now give; its own weight is dense until its turn.
-        for layer in layers:
+        groups = list(by_input(layers))
+        for layer in (layer for group in groups for layer in group):
             layer.weight.values = original[id(layer.weight)].values
         data = Split(context.calibration)
         done = 0
-        for group in by_input(layers):
+        for group in groups:
             found = moments_between(working, teacher, group, data, context.seed)
             for layer, (moments, held) in zip(group, found, strict=True):
                 weight = original[id(layer.weight)]
@@ -268,7 +269,7 @@ class ShareWeights(Pass):
         if moments.count < 2 or not np.isfinite(energy).all() or not energy.max() > 0:
             return plain
         best, least = plain, loss(_matrices(layer, plain.decode()), held)
-        spread = np.broadcast_to(energy[:, None, :] + 1e-3 * energy.mean(), dense.shape)
+        spread = channel_weights(moments)[:, :, None] * (energy[:, None, :] + 1e-3 * energy.mean())
         importance = layer.stored(np.ascontiguousarray(spread)).astype(np.float64)
         for matrices in (dense, *refits(dense, moments)):
             stored = layer.stored(matrices)
