@@ -303,10 +303,22 @@ def passes(as_json: Json = False) -> None:
 
 
 @app.command()
-def targets(as_json: Json = False) -> None:
-    """List every target."""
-    from onnxslim.targets import TARGETS
+def targets(
+    fetch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET", help="download TVM's small runtime for this target (100 MB once), for its bundles"
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List every target, or fetch what its bundles need to run on a bare device."""
+    from onnxslim.targets import TARGETS, fetch_runtime, find_target
 
+    if fetch is not None:
+        for path in fetch_runtime(find_target(fetch).machine):
+            typer.echo(path)
+        return
     if as_json:
         typer.echo(json.dumps({name: item.model_dump(mode="json") for name, item in TARGETS.items()}, indent=1))
     else:

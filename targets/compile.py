@@ -166,7 +166,10 @@ def _add_runtime(stage: Path, target: Target) -> list[str]:
         shutil.copyfile(library, stage / library.name)
     if libraries:
         return []
-    return [f"TVM's runtime for {target.machine} is not in the bundle; on the device: pip install apache-tvm"]
+    return [
+        f"TVM's runtime for {target.machine} is not in the bundle: run `onnxslim targets --fetch {target.name}` before "
+        "compiling, or on the device: pip install apache-tvm"
+    ]
 
 
 def _ffi_include() -> str:

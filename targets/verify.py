@@ -181,9 +181,9 @@ def _where(target: Target) -> tuple[str, str]:
     if target.runner != "qemu-aarch64" or platform.machine() == target.machine:
         return "", f"this machine lacks CPU features of {target.name}"
     if emulator(target) is None:
-        return "", f"{target.machine} code runs here with: apt-get install qemu-user libstdc++6-{target.machine}-cross"
+        return "", "code for it runs here with: apt-get install qemu-user libstdc++6-arm64-cross"
     if not runtime_libraries(target.machine):
-        return "", f"TVM's runtime for {target.machine} is not here; onnxslim.targets.fetch_runtime gets it"
+        return "", f"TVM's runtime for {target.machine} is not here: run `onnxslim targets --fetch {target.name}`"
     return "qemu-aarch64", ""
 
 
