@@ -16,6 +16,7 @@ __all__ = ["obs_removal", "readers", "weight_norms"]
 
 FloatArray = NDArray[np.float64]
 
+_WIDEST = 4608  # inputs of a layer: 512 channels under a 3x3 kernel, 160 MiB of covariance
 _ROUNDS = 128  # wide groups lose several channels at once, so that the search stays linear in their width
 
 
@@ -42,13 +43,14 @@ def _slice_norms(member: Member) -> FloatArray:
 def readers(group: Group) -> list[tuple[LinearLayer, NDArray[np.int64]]]:
     """Layers that sum over the group's channels, with the columns ``[channels, each]`` of their matrix.
 
-    Grouped convolutions are left out: their columns belong to different outputs.
+    Grouped convolutions are left out: their columns belong to different outputs. So are very wide layers, whose
+    covariance would cost more than it tells.
     """
     positions = {member.axis: member.positions for member in group.members}
     found = []
     for use in group.uses:
         layer = None if use.makes else linear_layer(use.node)
-        if layer is None or layer.groups != 1 or id(layer.weight) != use.axis[0]:
+        if layer is None or layer.groups != 1 or id(layer.weight) != use.axis[0] or layer.shape[2] > _WIDEST:
             continue
         taps = math.prod(int(n) for n in layer.weight.shape[2:]) if layer.spatial else 1
         columns = positions[use.axis][:, :, None] * taps + np.arange(taps)

@@ -14,7 +14,7 @@ cover keep what training gave them. No labels, no gradients, ``K * K`` floats a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -30,7 +30,8 @@ __all__ = ["Refit", "recover", "relative_error", "solve"]
 FloatArray = NDArray[np.float64]
 Feed = dict[str, np.ndarray]
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # tried where none is given
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # tried on held-out samples where none is given
+_WIDEST_TRIAL = 1152  # inputs of a layer up to which that is affordable: eight solves and a second set of moments
 
 
 @dataclass
@@ -51,12 +52,16 @@ class Refit:
 
 @dataclass(eq=False)
 class _Task:
-    """One layer to refit, with its moments in two halves of the samples, so that a ridge can be tried on the other."""
+    """One layer to refit.
+
+    Its moments are kept for two halves of the samples, so that a ridge can be tried on the other half; those of wide
+    layers in one set.
+    """
 
     layer: LinearLayer
     beside: gs.Tensor | None  # what an Add joins to the layer's output, when the layer is to make up for its error too
     kept: NDArray[np.int64] | None = None
-    halves: tuple[Moments, Moments] | None = None
+    parts: list[Moments] = field(default_factory=list)
     samples: int = 0
 
     @property
@@ -72,17 +77,18 @@ class _Task:
     def observe(self, x: Feed, target: np.ndarray, rng: np.random.Generator, per_sample: int) -> None:
         """Add one batch."""
         layer = self.layer
-        if self.halves is None:
+        if not self.parts:
             groups, outputs, inputs = layer.shape
-            self.halves = (Moments.empty(groups, inputs, outputs), Moments.empty(groups, inputs, outputs))
+            count = 2 if inputs <= _WIDEST_TRIAL else 1
+            self.parts = [Moments.empty(groups, inputs, outputs) for _ in range(count)]
         rows = layer.draw(target.shape, rng, per_sample)
         inputs_ = layer.input_rows(x[layer.data.name], rows)
         targets = layer.output_rows(target, rows, self.kept)
         if self.beside is not None:
             targets = targets - layer.output_rows(x[self.beside.name], rows)
-        odd = (rows.sample + self.samples) % 2 == 1
-        for half, mine in zip(self.halves, (~odd, odd), strict=True):
-            half.add(inputs_[:, mine], targets[:, mine])
+        turn = (rows.sample + self.samples) % len(self.parts)
+        for number, part in enumerate(self.parts):
+            part.add(inputs_[:, turn == number], targets[:, turn == number])
         self.samples += int(rows.sample.max(initial=-1)) + 1
 
 
@@ -129,7 +135,7 @@ def recover(
                 task.observe(x, y[task.target.name], rng, per_sample)
         for task in tasks:
             refits.append(_refit(model, task, ridge))
-            task.halves = None
+            task.parts = []
         done += len(tasks)
         progress(done, total)
     return refits
@@ -213,13 +219,13 @@ def _unfit(layer: LinearLayer, users: int) -> str | None:
 
 def _refit(model: Model, task: _Task, ridge: float | None) -> Refit:
     layer = task.layer
-    if task.halves is None or sum(half.count for half in task.halves) == 0:
+    if sum(part.count for part in task.parts) == 0:
         return Refit(layer.node, why="the calibration data gave it no finite input")
     shift = _shift_add(model, layer)
     centred = layer.node.op != "MatMul" or shift is not None
     start = layer.matrices()
-    strength = _best_ridge(task.halves, start, centred=centred) if ridge is None else ridge
-    moments = task.halves[0].merged(task.halves[1])
+    strength = _best_ridge(task.parts, start, centred=centred) if ridge is None else ridge
+    moments = task.parts[0] if len(task.parts) == 1 else task.parts[0].merged(task.parts[1])
     matrices = solve(moments, start, strength, centred=centred)
     if not np.isfinite(matrices).all():
         return Refit(layer.node, why="its least squares did not come out finite")
@@ -236,14 +242,18 @@ def _refit(model: Model, task: _Task, ridge: float | None) -> Refit:
     return Refit(layer.node, before, after)
 
 
-def _best_ridge(halves: tuple[Moments, Moments], start: FloatArray, *, centred: bool) -> float:
-    """The ridge that does best on the half of the samples that it was not fitted on."""
-    if min(half.count for half in halves) == 0:
-        return RIDGES[-1]
+def _best_ridge(parts: list[Moments], start: FloatArray, *, centred: bool) -> float:
+    """The ridge that does best on the half of the samples that it was not fitted on.
+
+    Where there are no two halves, the number of inputs over that of rows: near what the trials choose.
+    """
+    if len(parts) == 1 or min(part.count for part in parts) == 0:
+        rows = sum(part.count for part in parts)
+        return float(np.clip(start.shape[2] / rows, RIDGES[0], RIDGES[-1]))
     errors = [
         sum(
             relative_error(other, solve(half, start, ridge, centred=centred), centred=centred)
-            for half, other in (halves, halves[::-1])
+            for half, other in (parts, parts[::-1])
         )
         for ridge in RIDGES
     ]

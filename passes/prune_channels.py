@@ -79,9 +79,11 @@ class PruneChannels(Pass):
         coupling = couple(model)
         self._exclude(coupling)
         chosen = self._widths(coupling, outcome)
+        if nested := _nested_layers(model):
+            outcome.refuse(self.name, _name(model), f"{nested} layers inside subgraphs or functions are not pruned")
         if not chosen:
             if not outcome.refusals:
-                outcome.refuse(self.name, model.graph.name or "graph", "it has no layer with constant weights to prune")
+                outcome.refuse(self.name, _name(model), "it has no layer with constant weights to prune")
             return outcome
         batches = self._batches(context)
         moments = self._criterion_moments(model, coupling, chosen, batches, context.seed)
@@ -98,7 +100,7 @@ class PruneChannels(Pass):
             self._recover(model, teacher, coupling, plan, batches, context, outcome)
         else:
             why = "recover is off" if not self.recover else "there is no calibration data"
-            outcome.refuse("least-squares", model.graph.name or "graph", f"nothing was refitted: {why}")
+            outcome.refuse("least-squares", _name(model), f"nothing was refitted: {why}")
         gone = sum(len(channels) for channels in removed.values())
         after = _parameters(model)
         outcome.numbers |= {
@@ -199,11 +201,11 @@ class PruneChannels(Pass):
     ) -> None:
         from onnxslim.passes._least_squares import recover
 
+        made = {id(use.node): use.axis for use in coupling.uses if use.makes}
+
         def kept(layer: LinearLayer) -> NDArray[np.int64] | None:
-            channels = 1 if layer.spatial else len(layer.weight.shape) - 1
-            ranks = [key for key in plan.gone if key[0] == id(layer.output)]
-            axis = channels if layer.spatial else max((key[2] for key in ranks), default=0)
-            return plan.kept((id(layer.output), 0, axis))
+            axis = made.get(id(layer.node))
+            return None if axis is None else plan.kept(axis)
 
         touched = {key[0] for key in plan.gone if isinstance(coupling.places[key].tensor, gs.Constant)}
         changed = {id(node) for node in model.graph.nodes if any(id(t) in touched for t in node.inputs)}
@@ -263,6 +265,15 @@ def choose_widths(groups: list[tuple[int, int]], ratio: float, min_channels: int
 def _parameters(model: Model) -> int:
     seen = {id(t): t for node in model.graph.nodes for t in node.inputs if isinstance(t, gs.Constant)}
     return sum(math.prod(int(n) for n in t.shape) for t in seen.values())
+
+
+def _nested_layers(model: Model) -> int:
+    inner = [graph for graph in model.graphs() if graph is not model.graph]
+    return sum(node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul") for graph in inner for node in graph.nodes)
+
+
+def _name(model: Model) -> str:
+    return str(model.graph.name or "graph")
 
 
 def _title(group: Group) -> str:

@@ -81,7 +81,9 @@ def _conv(op: Op) -> None:
     groups = int(op.attr("group", 1))
     outputs, per_group = shape[0], shape[1]
     if not (isinstance(inside, int) and isinstance(outputs, int) and isinstance(per_group, int)):
-        raise _Unknown(f"{op.label} has a weight or an input of unknown size")
+        raise _Unknown(
+            f"the channels of {(weight if isinstance(inside, int) else x).name!r} are not counted in the file"
+        )
     op.join(x, 0, y, 0)
     op.join(weight, 0, y, 1)
     if op.has(2):
@@ -103,7 +105,7 @@ def _conv_transpose(op: Op) -> None:
     inside, made = op.dims(weight)[:2]
     groups = int(op.attr("group", 1))
     if not (isinstance(inside, int) and isinstance(made, int)):
-        raise _Unknown(f"{op.label} has a weight of unknown size")
+        raise _Unknown(f"the channels of {weight.name!r} are not counted in the file")
     op.uses(weight, 1, True)
     op.join(x, 0, y, 0)
     op.join(x, 1, weight, 0)
