@@ -139,6 +139,8 @@ def print_targets_of(console: Console, entries: list[TargetEntry]) -> None:
     console.print(table)
     for target in entries:
         console.print(f"  {target.name}: {escape(target.reason)}")
+        for note in target.notes:
+            console.print(f"    note: {escape(note)}")
 
 
 def _print_before_after(console: Console, before: Snapshot, after: Snapshot) -> None:

@@ -64,7 +64,7 @@ def deploy(
         bundle_bytes=bundle.size_bytes,
         library_bytes=bundle.library_bytes,
         compile_seconds=bundle.compile_seconds,
-        notes=list(bundle.manifest.notes),
+        notes=[*bundle.manifest.notes, *_open_axes(bundle)],
     )
     fitting = [feed for feed in feeds if _fits(feed, bundle)]
     if not fitting:
@@ -115,6 +115,19 @@ def deploy_file(
         nodes = "; ".join(f"{op}: {', '.join(names)}" for op, names in entry.unsupported_ops.items())
         raise TargetError(f"{model_path}: {entry.reason}. Nodes: {nodes}.")
     return entry
+
+
+def _open_axes(bundle: Bundle) -> list[str]:
+    """What to say of inputs that keep an axis of any size: correct for every size, and far slower."""
+    notes = []
+    for entry in bundle.manifest.inputs:
+        if any(isinstance(size, str) for size in entry.shape):
+            sizes = ", ".join(map(str, entry.shape))
+            notes.append(
+                f"input {entry.name} [{sizes}] is open: any size runs, several times slower than one that is given "
+                "(--shape, or [shapes] in a recipe)"
+            )
+    return notes
 
 
 def _fits(feed: Feed, bundle: Bundle) -> bool:
