@@ -71,8 +71,8 @@ def kmeans(values: FloatArray, count: int, weights: FloatArray | None = None) ->
             return few
     if len(values) > BINS and high > low:
         slots = np.minimum(((values - low) * (BINS / (high - low))).astype(np.int64), BINS - 1)
-        total = np.bincount(slots, mass, BINS)
-        points = np.bincount(slots, mass * values, BINS)[total > 0] / total[total > 0]
+        total = np.asarray(np.bincount(slots, mass, BINS), np.float64)
+        points = np.asarray(np.bincount(slots, mass * values, BINS), np.float64)[total > 0] / total[total > 0]
         mass = total[total > 0]
     else:
         order = np.argsort(values, kind="stable")

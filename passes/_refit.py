@@ -161,7 +161,8 @@ def channel_weights(moments: Moments) -> FloatArray:
     assert moments.sum_yy is not None
     variance = np.maximum(moments.sum_yy / max(moments.count, 1) - moments.mean_y**2, 0.0)
     weights: FloatArray = 1.0 / (variance + 1e-2 * variance.mean() + 1e-30)
-    return weights / weights.mean()
+    normalised: FloatArray = weights / weights.mean()
+    return normalised
 
 
 def loss(matrices: FloatArray, moments: Moments) -> float:
