@@ -37,7 +37,8 @@ def _slice_norms(member: Member) -> FloatArray:
     values: FloatArray = np.asarray(member.place.tensor.values, dtype=np.float64)
     other = tuple(axis for axis in range(values.ndim) if axis != member.place.axis)
     norms: FloatArray = np.square(values).sum(axis=other)
-    return norms[member.positions].sum(axis=1)
+    scores: FloatArray = norms[member.positions].sum(axis=1)
+    return scores
 
 
 def readers(group: Group) -> list[tuple[LinearLayer, NDArray[np.int64]]]:

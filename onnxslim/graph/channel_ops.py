@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxslim.graph.channel_rules import Element, Op, Rule, _Unknown, match_axes
+from onnxslim.graph.channel_rules import Op, Rule, Unknown
+from onnxslim.graph.channel_shapes import flatten, name_lengths, normal, note, reshape, shape, squeeze, unsqueeze
 from onnxslim.graph.coupling import Cut, Indices
 from onnxslim.graph.walk import constant_value
 
@@ -29,16 +27,12 @@ _REDUCTIONS = (
 )
 
 
-def _normal(axis: int, rank: int) -> int:
-    return axis + rank if axis < 0 else axis
-
-
 # ------------------------------------------------------------------------------------------------------ element-wise
 
 
 def _unary(op: Op) -> None:
     if op.node.op in ("Cast", "Identity") and (known := op.tracer.values_of(op.x)) is not None:
-        _note(op, known)
+        note(op, known)
     for axis in range(len(op.dims(op.x))):
         for output in op.outputs:
             if len(op.dims(output)) == len(op.dims(op.x)):
@@ -66,9 +60,9 @@ def _broadcast_shape(op: Op, target: gs.Tensor) -> None:
     """An Expand names lengths counted from the end; a 1 leaves an axis as it is."""
     known = op.tracer.values_of(target)
     if known is None:
-        raise _Unknown(f"{op.label} computes its shape")
+        raise Unknown(f"{op.label} computes its shape")
     rank = len(op.dims(op.y))
-    _name_lengths(op, 1, known, {j: j + rank - len(known) for j in range(len(known)) if known[j] != 1})
+    name_lengths(op, 1, known, {j: j + rank - len(known) for j in range(len(known)) if known[j] != 1})
 
 
 # ----------------------------------------------------------------------------------------------- layers with weights
@@ -81,9 +75,8 @@ def _conv(op: Op) -> None:
     groups = int(op.attr("group", 1))
     outputs, per_group = shape[0], shape[1]
     if not (isinstance(inside, int) and isinstance(outputs, int) and isinstance(per_group, int)):
-        raise _Unknown(
-            f"the channels of {(weight if isinstance(inside, int) else x).name!r} are not counted in the file"
-        )
+        unknown = weight if isinstance(inside, int) else x
+        raise Unknown(f"the channels of {unknown.name!r} are not counted in the file")
     op.join(x, 0, y, 0)
     op.join(weight, 0, y, 1)
     if op.has(2):
@@ -105,7 +98,7 @@ def _conv_transpose(op: Op) -> None:
     inside, made = op.dims(weight)[:2]
     groups = int(op.attr("group", 1))
     if not (isinstance(inside, int) and isinstance(made, int)):
-        raise _Unknown(f"the channels of {weight.name!r} are not counted in the file")
+        raise Unknown(f"the channels of {weight.name!r} are not counted in the file")
     op.uses(weight, 1, True)
     op.join(x, 0, y, 0)
     op.join(x, 1, weight, 0)
@@ -177,7 +170,7 @@ def _from_constants(tensor: gs.Tensor, depth: int = 4) -> bool:
 
 def _batch_norm(op: Op) -> None:
     if op.attr("training_mode", 0) or len(op.outputs) > 1:
-        raise _Unknown(f"{op.label} is in training mode")
+        raise Unknown(f"{op.label} is in training mode")
     for axis in range(len(op.dims(op.x))):
         op.join(op.x, axis, op.y, axis)
     for parameter in op.inputs[1:]:
@@ -204,11 +197,11 @@ def _reduce(op: Op) -> None:
     axes = op.ints("axes", 1)
     if axes is None:
         axes = [] if op.attr("noop_with_empty_axes", 0) else list(range(rank))
-    _keep_all_but(op, {_normal(a, rank) for a in axes}, bool(op.attr("keepdims", 1)))
+    _keep_all_but(op, {normal(a, rank) for a in axes}, bool(op.attr("keepdims", 1)))
 
 
 def _arg(op: Op) -> None:
-    axis = _normal(int(op.attr("axis", 0)), len(op.dims(op.x)))
+    axis = normal(int(op.attr("axis", 0)), len(op.dims(op.x)))
     _keep_all_but(op, {axis}, bool(op.attr("keepdims", 1)))
 
 
@@ -226,7 +219,7 @@ def _keep_all_but(op: Op, reduced: set[int], keepdims: bool) -> None:
 def _softmax(op: Op) -> None:
     rank = len(op.dims(op.x))
     newer = op.tracer.model.opset >= 13
-    first = _normal(int(op.attr("axis", -1 if newer else 1)), rank)
+    first = normal(int(op.attr("axis", -1 if newer else 1)), rank)
     for axis in range(rank):
         if axis == first or (axis > first and not newer):
             op.because(op.x, axis, f"{op.label} normalises over it")
@@ -236,7 +229,7 @@ def _softmax(op: Op) -> None:
 
 def _layer_norm(op: Op) -> None:
     rank = len(op.dims(op.x))
-    first = _normal(int(op.attr("axis", -1)), rank)
+    first = normal(int(op.attr("axis", -1)), rank)
     for axis in range(rank):
         if axis >= first:
             op.because(op.x, axis, f"{op.label} normalises over it")
@@ -261,10 +254,10 @@ def _transpose(op: Op) -> None:
 
 def _concat(op: Op) -> None:
     rank = len(op.dims(op.y))
-    along = _normal(int(op.attr("axis", 0)), rank)
+    along = normal(int(op.attr("axis", 0)), rank)
     parts = [op.tracer.values_of(t) for t in op.inputs]
     if rank == 1 and all(part is not None for part in parts):
-        _note(op, [element for part in parts for element in part or []])
+        note(op, [element for part in parts for element in part or []])
     start: int | None = 0
     for tensor in op.inputs:
         dims = op.dims(tensor)
@@ -286,24 +279,24 @@ def _concat(op: Op) -> None:
 
 def _split(op: Op) -> None:
     dims = op.dims(op.x)
-    along = _normal(int(op.attr("axis", 0)), len(dims))
+    along = normal(int(op.attr("axis", 0)), len(dims))
     outputs = list(op.node.outputs)
     start = 0
     for tensor in outputs:
         if tensor.is_empty():
-            raise _Unknown(f"{op.label} drops one of its parts")
+            raise Unknown(f"{op.label} drops one of its parts")
         for axis in range(len(dims)):
             if axis != along:
                 op.join(op.x, axis, tensor, axis)
         size = op.dims(tensor)[along]
         if not isinstance(size, int):
-            raise _Unknown(f"{op.label} makes parts of unknown length")
+            raise Unknown(f"{op.label} makes parts of unknown length")
         if size > 1:
             here = np.arange(size)
             op.join(op.x, along, tensor, along, here + start, here)
         start += size
     if op.has(1) and constant_value(op.inputs[1]) is None:
-        raise _Unknown(f"{op.label} computes its split")
+        raise Unknown(f"{op.label} computes its split")
     sizes = [int(op.dims(t)[along] or 0) for t in outputs]
     bounds = np.cumsum([0, *sizes])
 
@@ -326,12 +319,12 @@ def _slice(op: Op) -> None:
     rank = len(dims)
     starts, ends = op.ints("starts", 1), op.ints("ends", 2)
     if starts is None or ends is None:
-        raise _Unknown(f"{op.label} has no starts or ends")
-    axes = [_normal(a, rank) for a in op.ints("axes", 3) or range(len(starts))]
+        raise Unknown(f"{op.label} has no starts or ends")
+    axes = [normal(a, rank) for a in op.ints("axes", 3) or range(len(starts))]
     steps = op.ints("steps", 4) or [1] * len(starts)
     known = op.tracer.values_of(op.x)
     if known is not None and rank == 1:
-        _note(op, known[slice(starts[0], ends[0], steps[0])])
+        note(op, known[slice(starts[0], ends[0], steps[0])])
     for axis in range(rank):
         if axis not in axes:
             op.join(op.x, axis, op.y, axis)
@@ -364,7 +357,7 @@ def _follow_slice(op: Op, axis: int, at: int, taken: Indices) -> None:
 
 def _gather(op: Op) -> None:
     dims = op.dims(op.x)
-    along = _normal(int(op.attr("axis", 0)), len(dims))
+    along = normal(int(op.attr("axis", 0)), len(dims))
     index = constant_value(op.inputs[1])
     known = op.tracer.values_of(op.x)
     if known is not None and index is not None and len(dims) == 1:
@@ -401,8 +394,8 @@ def _pad(op: Op) -> None:
     rank = len(op.dims(op.x))
     pads = op.ints("pads", 1)
     if pads is None:
-        raise _Unknown(f"{op.label} has no pads")
-    axes = [_normal(a, rank) for a in op.ints("axes", 3) or range(rank)]
+        raise Unknown(f"{op.label} has no pads")
+    axes = [normal(a, rank) for a in op.ints("axes", 3) or range(rank)]
     padded = {axis for k, axis in enumerate(axes) if pads[k] or pads[k + len(axes)]}
     for axis in range(rank):
         if axis in padded:
@@ -415,11 +408,11 @@ def _resize(op: Op) -> None:
     before, after = op.dims(op.x), op.dims(op.y)
     sizes = op.tracer.values_of(op.inputs[3]) if op.has(3) else None
     if op.has(3) and sizes is None:
-        raise _Unknown(f"{op.label} computes its sizes")
+        raise Unknown(f"{op.label} computes its sizes")
     if op.attr("axes", None) is not None:
-        touched = {_normal(int(a), len(before)) for a in op.attr("axes", [])}
+        touched = {normal(int(a), len(before)) for a in op.attr("axes", [])}
         if touched & {0, 1}:
-            raise _Unknown(f"{op.label} resizes the channels")
+            raise Unknown(f"{op.label} resizes the channels")
         sizes = None
     for axis in (0, 1):
         if isinstance(before[axis], int) and before[axis] != after[axis]:
@@ -427,183 +420,13 @@ def _resize(op: Op) -> None:
         else:
             op.join(op.x, axis, op.y, axis)
     if sizes is not None:
-        _name_lengths(op, 3, sizes, {j: j for j in range(len(sizes))})
+        name_lengths(op, 3, sizes, {j: j for j in range(len(sizes))})
     if op.has(1) and op.node.op == "Resize" and op.tracer.model.opset >= 11:
         op.because(op.inputs[1], 0, "it is a region of interest")
 
 
-# ------------------------------------------------------------------------------------------------------ shape surgery
-
-
-def _reshape(op: Op) -> None:
-    known = op.tracer.values_of(op.inputs[1])
-    if known is None:
-        raise _Unknown(f"{op.label} computes its shape")
-    zero_copies = not op.attr("allowzero", 0)
-    copied = {j for j, n in enumerate(known) if n == 0 and zero_copies}
-
-    def same(i: int, j: int) -> bool:
-        element = known[j] if j < len(known) else None
-        if (j in copied and i == j) or (isinstance(element, tuple) and element[0] is op.x and element[1] == i):
-            return True
-        before, after = op.dims(op.x)[i], op.dims(op.y)[j]
-        return before is not None and before == after
-
-    _blocks(op, same)
-    lengths = {j: j for j in range(len(known)) if known[j] not in (0, -1)}
-    _name_lengths(op, 1, known, lengths)
-    for j in copied:
-        if op.dims(op.x)[j] == op.dims(op.y)[j]:
-            op.join(op.x, j, op.y, j)
-
-
-def _blocks(op: Op, same: Callable[[int, int], bool]) -> None:
-    """Join the axes of a reshape block by block; a merged or split axis follows that of its parts that has channels."""
-    before, after = op.dims(op.x), op.dims(op.y)
-    blocks = match_axes(before, after, same)
-    if blocks is None:
-        raise _Unknown(f"{op.label} reshapes it in a way that cannot be told")
-    for ins, outs in blocks:
-        if len(ins) == len(outs) == 1:
-            op.join(op.x, ins[0], op.y, outs[0])
-        elif len(outs) == 1 and ins:
-            _factor(op, op.x, ins, op.y, outs[0])
-        elif len(ins) == 1 and outs:
-            _factor(op, op.y, outs, op.x, ins[0])
-        for tensor, axes in ((op.x, ins), (op.y, outs)):
-            for axis in axes:
-                op.because(tensor, axis, f"{op.label} mixes it with other axes")
-
-
-def _factor(op: Op, many: gs.Tensor, axes: list[int], one: gs.Tensor, merged: int) -> None:
-    """Join one of several axes with the axis that they are merged into: its channels cover many positions of that."""
-    dims = op.dims(many)
-    lengths = [dims[a] for a in axes]
-    if not all(isinstance(n, int) for n in lengths) or not isinstance(op.dims(one)[merged], int):
-        return
-    sizes = [int(n) for n in lengths if isinstance(n, int)]
-    chosen = next((k for k, a in enumerate(axes) if op.lives(many, a)), 0)
-    positions = np.arange(math.prod(sizes))
-    inner = math.prod(sizes[chosen + 1 :])
-    op.join(many, axes[chosen], one, merged, positions // inner % sizes[chosen], positions)
-    for k, axis in enumerate(axes):
-        if k != chosen:
-            op.stop(many, axis, f"{op.label} merges it with the axis of the channels")
-
-
-def _flatten(op: Op) -> None:
-    before, after = op.dims(op.x), op.dims(op.y)
-    _blocks(op, lambda i, j: before[i] is not None and before[i] == after[j])
-
-
-def _squeeze(op: Op) -> None:
-    rank = len(op.dims(op.x))
-    known = op.tracer.values_of(op.x)
-    if known is not None:
-        _note(op, known)
-    axes = op.ints("axes", 1)
-    dims = op.dims(op.x)
-    if axes is None and not all(isinstance(d, int) for d in dims):
-        raise _Unknown(f"{op.label} does not say which axes it drops")
-    gone = {_normal(a, rank) for a in axes} if axes is not None else {i for i, d in enumerate(dims) if d == 1}
-    for j, i in enumerate(i for i in range(rank) if i not in gone):
-        op.join(op.x, i, op.y, j)
-
-
-def _unsqueeze(op: Op) -> None:
-    known = op.tracer.values_of(op.x)
-    if known is not None:
-        _note(op, known)
-    rank = len(op.dims(op.y))
-    axes = op.ints("axes", 1)
-    if axes is None:
-        raise _Unknown(f"{op.label} has no axes")
-    new = {_normal(a, rank) for a in axes}
-    for i, j in enumerate(j for j in range(rank) if j not in new):
-        op.join(op.x, i, op.y, j)
-
-
-def _shape(op: Op) -> None:
-    rank = len(op.dims(op.x))
-    start, end = _normal(int(op.attr("start", 0)), rank), _normal(int(op.attr("end", rank)), rank)
-    op.tracer.elements[id(op.y)] = [(op.x, axis) for axis in range(max(start, 0), min(end, rank))]
-    for axis in range(rank):
-        op.tell(op.x, axis)
-
-
 def _quantized(op: Op) -> None:
-    raise _Unknown(f"{op.label} holds it quantized: prune before quantizing")
-
-
-def _note(op: Op, elements: list[Element]) -> None:
-    """Remember the numbers of a shape tensor that this node passes on."""
-    op.tracer.elements[id(op.y)] = elements
-    op.tracer.understood.update((id(op.node), id(tensor)) for tensor in op.inputs)
-
-
-def _name_lengths(op: Op, slot: int, known: list[Element], axis_of: dict[int, int]) -> None:
-    """A shape input names lengths of output axes: a constant one follows a cut, a computed one must be coupled."""
-    target = op.inputs[slot]
-    op.tracer.understood.add((id(op.node), id(target)))
-    constant = constant_value(target) is not None
-    for entry, axis in axis_of.items():
-        element = known[entry]
-        if isinstance(element, tuple):
-            if (element[0], element[1]) != (op.y, axis):
-                op.join(element[0], element[1], op.y, axis)
-        elif element is None:
-            op.stop(op.y, axis, f"{op.label} computes its length")
-        elif constant:
-            op.follow(op.y, axis, _rewriter(op, slot, entry))
-        elif not _write_piece(op, slot, entry, axis):
-            op.stop(op.y, axis, f"{op.label} has its length in a shape that is partly computed")
-
-
-def _rewriter(op: Op, slot: int, entry: int) -> Callable[[Cut, Indices], None]:
-    def write(_: Cut, kept: Indices) -> None:
-        numbers = np.array(constant_value(op.node.inputs[slot]))
-        numbers.reshape(-1)[entry] = len(kept)
-        op.replace_ints(slot, numbers)
-
-    return write
-
-
-def _write_piece(op: Op, slot: int, entry: int, axis: int) -> bool:
-    """Follow a cut in a shape that a Concat puts together of constants and computed lengths, if it serves no other."""
-    target = op.inputs[slot]
-    maker = target.inputs[0] if len(target.inputs) == 1 else None
-    if maker is None or maker.op != "Concat":
-        return False
-    parts = [op.tracer.values_of(tensor) or [] for tensor in maker.inputs]
-    ends = np.cumsum([len(part) for part in parts])
-    piece = int(np.searchsorted(ends, entry, side="right"))
-    start = int(ends[piece]) - len(parts[piece])
-    if not isinstance(maker.inputs[piece], gs.Constant):
-        return False
-
-    def write(_: Cut, kept: Indices) -> None:
-        source = op.node.inputs[slot].inputs[0]
-        if len(source.outputs[0].outputs) > 1:  # others reshape by it too: this node gets its own
-            source = _private_copy(op, source, slot)
-        numbers = np.array(source.inputs[piece].values)
-        numbers.reshape(-1)[entry - start] = len(kept)
-        name = op.tracer.model.fresh_name(f"{source.inputs[piece].name}_cut")
-        source.inputs[piece] = gs.Constant(name, numbers)
-
-    op.follow(op.y, axis, write)
-    return True
-
-
-def _private_copy(op: Op, source: gs.Node, slot: int) -> gs.Node:
-    """A copy of the Concat that makes this node's shape, for this node alone, right before it."""
-    model = op.tracer.model
-    output = gs.Variable(model.fresh_name(f"{source.outputs[0].name}_cut"))
-    name = model.fresh_name(source.name or "Concat")
-    twin = gs.Node("Concat", name, dict(source.attrs), list(source.inputs), [output])
-    at = next(k for k, node in enumerate(model.graph.nodes) if node is op.node)
-    model.graph.nodes.insert(at, twin)
-    op.node.inputs[slot] = output
-    return twin
+    raise Unknown(f"{op.label} holds it quantized: prune before quantizing")
 
 
 RULES: dict[str, Rule] = {
@@ -621,7 +444,7 @@ RULES: dict[str, Rule] = {
     "DequantizeLinear": _quantized,
     "DynamicQuantizeLinear": _quantized,
     "Expand": _expand,
-    "Flatten": _flatten,
+    "Flatten": flatten,
     "Gather": _gather,
     "Gemm": _gemm,
     "GroupNormalization": _group_norm,
@@ -636,14 +459,14 @@ RULES: dict[str, Rule] = {
     "QLinearMatMul": _quantized,
     "QuantizeLinear": _quantized,
     "RMSNormalization": _layer_norm,
-    "Reshape": _reshape,
+    "Reshape": reshape,
     "Resize": _resize,
-    "Shape": _shape,
+    "Shape": shape,
     "Slice": _slice,
     "Softmax": _softmax,
     "Split": _split,
-    "Squeeze": _squeeze,
+    "Squeeze": squeeze,
     "Transpose": _transpose,
-    "Unsqueeze": _unsqueeze,
+    "Unsqueeze": unsqueeze,
     "Upsample": _resize,
 }

@@ -17,7 +17,7 @@ from onnxslim.graph.shapes import Shapes
 from onnxslim.graph.walk import constant_value, subgraphs
 from onnxslim.model import Model
 
-__all__ = ["trace"]
+__all__ = ["Op", "Rule", "Tracer", "Unknown", "match_axes", "trace"]
 
 Dims = list[int | str | None]
 # One number of a shape tensor: itself, the length of an axis of a tensor, or unknown.
@@ -108,19 +108,19 @@ class Op:
         """Shape of a tensor; without a known rank the rule stops and the node freezes all it touches."""
         dims = self.tracer.dims(tensor)
         if dims is None:
-            raise _Unknown(f"the shape of {tensor.name!r} is unknown")
+            raise Unknown(f"the shape of {tensor.name!r} is unknown")
         return dims
 
     def ints(self, attribute: str, slot: int) -> list[int] | None:
         """A list of ints that newer opsets take as a constant input and older ones as an attribute; None if absent.
 
         Raises:
-            _Unknown: it is an input that is computed.
+            Unknown: it is an input that is computed.
         """
         if self.has(slot):
             value = constant_value(self.inputs[slot])
             if value is None:
-                raise _Unknown(f"{self.label} computes its {attribute}")
+                raise Unknown(f"{self.label} computes its {attribute}")
             return [int(v) for v in value.reshape(-1)]
         value = self.node.attrs.get(attribute)
         return [int(v) for v in value] if value is not None else None
@@ -152,7 +152,7 @@ class Op:
             return
         places = self.tracer.coupling.places
         if at is None and places[a].size != places[b].size:
-            raise _Unknown(f"{self.label} joins axes of {places[a].size} and {places[b].size}")
+            raise Unknown(f"{self.label} joins axes of {places[a].size} and {places[b].size}")
         here = np.arange(places[a].size) if at is None else at
         there = np.arange(places[b].size) if to is None else to
         self.tracer.coupling.link(a, b, here, there)
@@ -206,7 +206,7 @@ class Op:
         self.node.inputs[slot] = gs.Constant(name, values)
 
 
-class _Unknown(Exception):  # noqa: N818 - no error: it ends a rule early
+class Unknown(Exception):  # noqa: N818 - no error: it ends a rule early
     """The rule cannot tell; what it has not told is frozen for this reason."""
 
 
@@ -237,7 +237,7 @@ def trace(model: Model, shapes: Shapes, coupling: Coupling) -> None:
             if rule is not None:
                 why = f"{op.label} needs all of it"
                 rule(op)
-        except _Unknown as unknown:
+        except Unknown as unknown:
             why = str(unknown)
             op.told.clear()
         for tensor in (*op.inputs, *op.outputs):
