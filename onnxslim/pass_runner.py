@@ -23,7 +23,7 @@ __all__ = ["DEFAULT_BUDGET", "PassRunner", "Stage"]
 DEFAULT_BUDGET = 0.01
 """Loss against the original, in the metric's unit, above which a lossy pass is undone when the goals name none."""
 
-_ATTEMPTS = 4
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,19 @@ class PassRunner:
     def _try(self, stage: Stage, pass_: Pass, path: Path) -> PassEntry:
         """Try a pass, weaker and weaker while it is out of budget."""
         attempt = pass_
+        failed: list[str] = []
         for attempts in range(1, _ATTEMPTS + 1):
             entry = self._attempt(stage, attempt, path).model_copy(update={"attempts": attempts})
             weaker = attempt.weaker()
             if entry.status != "rolled back" or attempt.lossless or weaker is None:
                 break
+            changed = [
+                f"{name} = {value}" for name, value in attempt.options().items() if value != weaker.options()[name]
+            ]
+            failed.append(f"{', '.join(changed)}: {entry.reason}")
             attempt = weaker
+        if failed:
+            entry = entry.model_copy(update={"reason": f"{entry.reason}. Tried before: {'; '.join(failed)}"})
         return entry
 
     def _attempt(self, stage: Stage, pass_: Pass, path: Path) -> PassEntry:

@@ -112,8 +112,8 @@ class PruneChannels(Pass):
         return outcome
 
     def weaker(self) -> PruneChannels | None:
-        """The same with 0.6 of the ratio, down to 5 %."""
-        ratio = round(self.ratio * 0.6, 4)
+        """The same with three quarters of the ratio, down to 5 %."""
+        ratio = round(self.ratio * 0.75, 4)
         return self.model_copy(update={"ratio": ratio}) if ratio >= _WEAKEST else None
 
     # ---------------------------------------------------------------------------------------------------- choosing

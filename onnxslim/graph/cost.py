@@ -77,7 +77,7 @@ def layer_costs(
             counted.update(id(tensor) for tensor in constants)
             parameters = sum(math.prod(tensor.shape) for tensor in constants)
             macs = node_macs(node, shapes)
-            if macs is None and parameters < 2:
+            if macs is None and (parameters < 2 or node.op in _CONVERSIONS):
                 continue
             name = node.name or (node.outputs[0].name if node.outputs else "")
             size = sum(tensor_nbytes(tensor) for tensor in constants)
@@ -146,6 +146,7 @@ def _recurrent(node: gs.Node, shapes: Shapes) -> int | None:
     return data[0] * data[1] * (math.prod(weight) + math.prod(recurrence))
 
 
+_CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _WEIGHT = {"QLinearConv": 3}
 _MACS = {
     "Conv": _convolution,
