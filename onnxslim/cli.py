@@ -336,6 +336,9 @@ def main() -> None:
     except SlimError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
         sys.exit(2)
+    except OSError as error:  # a full disk, a file that vanished: nobody's mistake, and still one sentence
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command resumes")
         sys.exit(130)

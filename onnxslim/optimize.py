@@ -301,7 +301,10 @@ class _Job:
 
     def run(self, command: str) -> Run:
         created = not self.folder.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.folder}: cannot be written ({error.strerror}).") from None
         try:
             original = stage = self._first_stage()
         except SlimError:

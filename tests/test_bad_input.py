@@ -135,6 +135,7 @@ def test_outputs_that_cannot_be(command, small, tmp_path):
     _refused(command("optimize", model, "-o", model), "is a file")
     _refused(command("slim", model, tmp_path / "none" / "slim.onnx"), "does not exist")
     _refused(command("slim", model, tmp_path), "is a folder")
+    _refused(command("optimize", model, "-o", "/proc/none/out"), "/proc/none/out", "cannot be written")
     assert model.read_bytes() == content
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.onnx", "model.onnx"]
 

@@ -248,7 +248,7 @@ def test_weaker_ends():
     while step is not None:
         ratios.append(step.ratio)
         step = step.weaker()
-    assert ratios == [0.5, 0.3, 0.18, 0.108, 0.0648]
+    assert ratios == [0.5, 0.375, 0.2812, 0.2109, 0.1582, 0.1187, 0.089, 0.0668, 0.0501]
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
