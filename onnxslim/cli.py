@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -144,8 +143,9 @@ def optimize(
     quiet: Quiet = False,
 ) -> None:
     """Apply passes step by step, guard each, compile, measure, judge against the goals, report."""
-    from onnxslim.recipe import make_recipe, read_recipe
+    from onnxslim.recipe import read_recipe
 
+    recipe = read_recipe(source) if source.suffix.lower() == ".toml" else None
     goals = {
         "max_accuracy_drop": max_accuracy_drop,
         "min_accuracy": min_accuracy,
@@ -153,40 +153,29 @@ def optimize(
         "min_compression": min_compression,
         "max_latency": max_latency,
     }
-    flags: dict[str, Any] = {
-        "data": {"calibration": data and str(data), "evaluation": evaluation and str(evaluation), "metric": metric},
-        "goals": goals,
-        "pass": [_pass_table(text) for text in passes or []],
-        "target": [{"name": name} for name in target or []],
-        "shapes": _shapes(shape),
-        "threads": threads,
-        "seed": seed,
-    }
-    is_recipe = source.suffix.lower() == ".toml"
-    tables = read_recipe(source).tables() if is_recipe else {"model": str(source)}
-    recipe = make_recipe(_merge(tables, flags), str(source) if is_recipe else "the options")
-    _run(recipe.model, recipe, output, as_json=as_json, quiet=quiet)
+    _optimize(
+        recipe.model if recipe else source,
+        recipe,
+        as_json=as_json,
+        quiet=quiet,
+        output=output,
+        calibration=data,
+        evaluation=evaluation,
+        metric=metric,
+        passes=[_pass_table(text) for text in passes] if passes else None,
+        targets=target or None,
+        goals=goals,
+        shapes=_shapes(shape),
+        threads=threads,
+        seed=seed,
+    )
 
 
-def _merge(tables: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """Put flags that were given over what a recipe says."""
-    merged = dict(tables)
-    for key, value in flags.items():
-        if isinstance(value, dict):
-            given = {name: item for name, item in value.items() if item is not None}
-            if given:
-                merged[key] = {**merged.get(key, {}), **given}
-        elif value is not None and value != []:
-            merged[key] = value
-    return merged
-
-
-def _run(model: str, recipe: Any, output: Path, *, as_json: bool, quiet: bool) -> None:
+def _optimize(model: str | Path, recipe: Any, *, as_json: bool, quiet: bool, **asked: Any) -> None:
     from onnxslim.goals import EXIT_CODES
 
-    command = shlex.join(["onnxslim", "optimize", "recipe.lock.toml"])
     with show.progress_bar(Console(stderr=True), shown=not (quiet or as_json)) as progress:
-        run = onnxslim.optimize(model, recipe, output=output, command=command, progress=progress)
+        run = onnxslim.optimize(model, recipe, progress=progress, **asked)
     _emit(run.record, as_json=as_json, quiet=quiet, printer=show.print_record)
     if not (as_json or quiet):
         typer.echo(f"Report: {run.report}")
@@ -206,7 +195,7 @@ def demo(
     from onnxslim.recipe import read_recipe
 
     recipe = read_recipe(copy_inputs(output / "input"))
-    _run(recipe.model, recipe, output, as_json=as_json, quiet=quiet)
+    _optimize(recipe.model, recipe, as_json=as_json, quiet=quiet, output=output)
 
 
 @app.command()

@@ -321,7 +321,7 @@ def _evaluate_function(function: ScoreFunction, name: str, runner: Runner, datas
         value=float(values.mean()),
         interval=interval,
         samples=samples,
-        labelled=dataset.labels is not None,
+        labelled=True,  # by what the user's function knows, not by the original
     )
 
 

@@ -16,27 +16,25 @@ import onnx
 from pydantic import BaseModel
 
 import onnxslim
-from onnxslim.data import Dataset, open_dataset, random_feeds
+from onnxslim.data import Dataset
 from onnxslim.errors import OutputError, RecipeError, SlimError, TargetError
 from onnxslim.goals import judge, summarize, verdict
-from onnxslim.graph.shapes import input_shape
 from onnxslim.guard import layer_errors
+from onnxslim.inputs import Inputs, open_inputs
 from onnxslim.measure import shapes_of, snapshot, time_pair
-from onnxslim.metrics import Metric, find_metric
 from onnxslim.model import Model, atomic_write, external_files, file_sha256, load
 from onnxslim.pass_runner import PassRunner, Stage
-from onnxslim.passes import Pass, make_pass
-from onnxslim.recipe import Goals, Lock, Recipe, TargetOptions, write_lock
-from onnxslim.record import DataEntry, PassEntry, Record, Snapshot, TargetEntry
-from onnxslim.runtime import Feed, Session, environment, peak_memory
+from onnxslim.passes import Pass
+from onnxslim.recipe import Goals, Lock, Recipe, make_recipe, write_lock
+from onnxslim.record import DataEntry, LayerError, PassEntry, Record, Snapshot, TargetEntry
+from onnxslim.runtime import Feed, environment, peak_memory
 from onnxslim.stages import StageCache, content_key, tool_fingerprint
-from onnxslim.targets import find_target
+from onnxslim.targets import Target
 
 __all__ = ["Progress", "Run", "optimize"]
 
 _LATENCY_SECONDS = 10.0
 _LAYER_ERROR_FEEDS = 8
-_MAX_AGREEMENT_SAMPLES = 256
 _VERIFY_FEEDS = 8
 _SLOWER = 1.05  # below this a ratio of medians is noise
 
@@ -81,20 +79,22 @@ def optimize(
     *,
     output: str | Path,
     passes: Iterable[Pass | str | dict[str, Any]] | None = None,
-    targets: Iterable[str | dict[str, Any]] = (),
+    targets: Iterable[str | dict[str, Any]] | None = None,
     calibration: str | Path | Iterable[Feed] | None = None,
     evaluation: str | Path | Iterable[Feed] | None = None,
     labels: np.ndarray | None = None,
     metric: str | Callable[..., Any] | None = None,
     goals: Goals | dict[str, Any] | None = None,
     shapes: dict[str, list[int]] | None = None,
-    command: str = "onnxslim optimize {lock}",
+    threads: int | None = None,
+    seed: int | None = None,
+    command: str = "onnxslim optimize recipe.lock.toml",
     progress: Progress = _silent,
 ) -> Run:
     """Run the main job: apply passes one by one, guard each, compile, measure, judge and report.
 
-    Either a recipe says what to do, or the keyword arguments do; an argument given beside a recipe replaces what the
-    recipe says. The folder ``output`` then holds ``model.onnx``, ``report.html``, ``record.json``,
+    Either a recipe says what to do, or the arguments do; an argument given beside a recipe replaces what that
+    says. The folder ``output`` then holds ``model.onnx``, ``report.html``, ``record.json``,
     ``recipe.lock.toml`` and ``targets/<name>/``. An interrupted run resumes when it is started again.
 
     Args:
@@ -110,50 +110,41 @@ def optimize(
         metric: a metric by name, ``"module:function"``, or a function ``score(outputs, labels)``.
         goals: what the result has to reach.
         shapes: sizes for dynamic inputs.
+        threads: threads for measuring latency; 0: one for each core.
+        seed: seeds whatever is random.
         command: the command that reproduces the run, for the report.
         progress: called as ``progress(what, done, total)``.
 
     Raises:
         SlimError: the model, the data, the recipe or the output folder is unusable; nothing was written then.
     """
-    recipe = _resolve(model, recipe, passes, targets, calibration, evaluation, metric, goals, shapes)
-    job = _Job(
-        model, recipe, Path(output), calibration, evaluation, labels, metric if callable(metric) else None, progress
-    )
-    return job.run(command)
-
-
-def _resolve(
-    model: Any,
-    recipe: Recipe | None,
-    passes: Iterable[Pass | str | dict[str, Any]] | None,
-    targets: Iterable[str | dict[str, Any]],
-    calibration: Any,
-    evaluation: Any,
-    metric: Any,
-    goals: Goals | dict[str, Any] | None,
-    shapes: dict[str, list[int]] | None,
-) -> Recipe:
-    """One recipe out of a recipe and the arguments beside it."""
-    base = recipe or Recipe(model=str(model) if isinstance(model, (str, Path)) else "<memory>")
-    data = {
-        "calibration": _source_name(calibration) or base.data.calibration,
-        "evaluation": _source_name(evaluation) or base.data.evaluation,
-        "metric": (metric if isinstance(metric, str) else getattr(metric, "__name__", None)) or base.data.metric,
+    asked = {
+        "data": {
+            "calibration": _source_name(calibration),
+            "evaluation": _source_name(evaluation),
+            "metric": metric if isinstance(metric, str) or metric is None else getattr(metric, "__name__", "function"),
+        },
+        "goals": goals.model_dump(exclude_none=True) if isinstance(goals, Goals) else goals or {},
+        "pass": None if passes is None else [_pass_table(item) for item in passes],
+        "target": None if targets is None else [_named(item) for item in targets],
+        "shapes": shapes or {},
+        "threads": threads,
+        "seed": seed,
     }
-    if passes is None:
-        tables = list(base.passes) if recipe is not None and base.passes else _default_passes(data["calibration"])
-    else:
-        tables = [_pass_table(item) for item in passes]
-    changes: dict[str, Any] = {"data": base.data.model_copy(update=data), "passes": tables}
-    wanted = [TargetOptions(name=item) if isinstance(item, str) else TargetOptions(**item) for item in targets]
-    if wanted:
-        changes["targets"] = wanted
-    if goals is not None:
-        changes["goals"] = goals if isinstance(goals, Goals) else Goals(**goals)
-    if shapes is not None:
-        changes["shapes"] = shapes
-    return base.model_copy(update=changes)
+    tables = recipe.tables() if recipe is not None else {"model": _source_name(model)}
+    merged = make_recipe(_merge(tables, asked), "the arguments" if recipe is None else "the recipe with the arguments")
+    if not merged.passes and passes is None:
+        merged = merged.model_copy(update={"passes": _default_passes(merged)})
+    inputs = open_inputs(
+        model,
+        merged,
+        Path(output),
+        calibration=calibration,
+        evaluation=evaluation,
+        labels=labels,
+        score=metric if callable(metric) else None,
+    )
+    return _Job(inputs, Path(output), progress).run(command)
 
 
 def _source_name(source: Any) -> str | None:
@@ -162,179 +153,86 @@ def _source_name(source: Any) -> str | None:
     return str(source) if isinstance(source, (str, Path)) else "<memory>"
 
 
-def _default_passes(calibration: str | None) -> list[dict[str, Any]]:
-    names = ["fold-constants", "simplify", *(["quantize-static"] if calibration else [])]
-    return [{"name": name} for name in names]
-
-
-def _pass_table(item: Pass | str | dict[str, Any]) -> dict[str, Any]:
-    if isinstance(item, Pass):
-        return {"name": item.name, **item.options()}
+def _named(item: str | dict[str, Any]) -> dict[str, Any]:
     return {"name": item} if isinstance(item, str) else dict(item)
 
 
-class _Job:
-    """One run. Everything that a user can get wrong is checked in the constructor, before anything is written."""
+def _pass_table(item: Pass | str | dict[str, Any]) -> dict[str, Any]:
+    return {"name": item.name, **item.options()} if isinstance(item, Pass) else _named(item)
 
-    def __init__(
-        self,
-        source: str | Path | bytes | onnx.ModelProto | Model,
-        recipe: Recipe,
-        folder: Path,
-        calibration: Any,
-        evaluation: Any,
-        labels: np.ndarray | None,
-        score: Callable[..., Any] | None,
-        progress: Progress,
-    ) -> None:
+
+def _merge(tables: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """Put what was asked for over what a recipe says: tables key by key, everything else whole."""
+    merged = dict(tables)
+    for key, value in asked.items():
+        if isinstance(value, dict):
+            given = {name: item for name, item in value.items() if item is not None}
+            if given:
+                merged[key] = {**merged.get(key, {}), **given}
+        elif value is not None:
+            merged[key] = value
+    return merged
+
+
+def _default_passes(recipe: Recipe) -> list[dict[str, Any]]:
+    names = ["fold-constants", "simplify", *(["quantize-static"] if recipe.data.calibration else [])]
+    return [{"name": name} for name in names]
+
+
+class _Pair(BaseModel):
+    """The original and the result, measured side by side."""
+
+    before: Snapshot
+    after: Snapshot
+
+
+class _Job:
+    """One run over checked inputs."""
+
+    def __init__(self, inputs: Inputs, folder: Path, progress: Progress) -> None:
         self.started = time.perf_counter()
-        self.recipe = recipe
+        self.inputs = inputs
+        self.recipe = inputs.recipe
         self.folder = folder
+        self.result = folder / "model.onnx"
         self.progress = progress
-        self.warnings: list[str] = []
-        self.not_measured: list[str] = []
-        self.passes = [make_pass(table["name"], _without_name(table)) for table in recipe.passes]
-        self.targets = [find_target(options.name).name for options in recipe.targets]
-        self.original = load(source)
-        self.original_path = self.original.path
-        _check_output(folder, self.original_path)
-        self.session = Session(self.original if self.original_path is None else self.original_path)
-        specs = list(self.session.inputs.values())
-        for name, sizes in recipe.shapes.items():
-            if name not in self.session.inputs:
-                raise RecipeError(
-                    f"[shapes] {name}: the model has no such input; it has {', '.join(self.session.inputs)}."
-                )
-            input_shape(self.session.inputs[name].shape or sizes, sizes, name)
-        all_specs = self.session.specs
-        self.calibration = self._open(calibration or recipe.data.calibration, all_specs, "calibration")
-        self.evaluation = self._open(evaluation or recipe.data.evaluation, all_specs, "evaluation", labels)
-        self._check_lock()
-        scored = self.evaluation
-        if scored is None and self.calibration is not None:
-            scored = self.calibration.take(_MAX_AGREEMENT_SAMPLES)
-        self.scored: Dataset | None = scored
-        self.metric: Metric | None = None
-        if scored is not None:
-            self.metric = find_metric(score or recipe.data.metric, scored, self.session)
-        elif recipe.data.metric is not None:
-            raise RecipeError(f"metric {recipe.data.metric!r}: there is no evaluation data to score with it.")
-        for pass_ in self.passes:
-            if pass_.needs_calibration and self.calibration is None:
-                raise RecipeError(
-                    f"pass {pass_.name} needs calibration data: give --data, or calibration under [data]."
-                )
-            if not pass_.lossless and scored is None:
-                raise RecipeError(
-                    f"pass {pass_.name} may lose accuracy, and without data nobody could tell how much: "
-                    "give calibration or evaluation data."
-                )
-        self._check_goals()
-        self.feed = self._one_feed(specs)
-        self.threads = recipe.threads or _cores()
+        self.threads = self.recipe.threads or _cores()
         self.cache = StageCache(folder / ".cache")
         self.runner = PassRunner(
             self.cache,
-            self.original,
-            self.session,
-            calibration=self.calibration,
-            scored=self.scored,
-            metric=self.metric,
-            budget=recipe.goals.max_accuracy_drop,
-            shapes=recipe.shapes,
-            seed=recipe.seed,
+            inputs.original,
+            inputs.session,
+            calibration=inputs.calibration,
+            scored=inputs.scored,
+            metric=inputs.metric,
+            budget=self.recipe.goals.max_accuracy_drop,
+            shapes=self.recipe.shapes,
+            seed=self.recipe.seed,
             progress=progress,
         )
 
-    # --------------------------------------------------------------------------------------------------- preparing
-
-    def _open(self, source: Any, specs: list[Any], role: str, labels: np.ndarray | None = None) -> Dataset | None:
-        if source is None:
-            return None
-        dataset = open_dataset(source, specs, role=role, labels=labels)
-        if role == "calibration":
-            dataset.labels = None  # lossy passes never see any
-        self.warnings += dataset.warnings
-        return dataset
-
-    def _check_goals(self) -> None:
-        goals = self.recipe.goals
-        for name in ("max_accuracy_drop", "min_accuracy"):
-            if getattr(goals, name) is not None and self.scored is None:
-                raise RecipeError(f"goal {name} cannot be measured without data: give evaluation or calibration data.")
-
-    def _check_lock(self) -> None:
-        lock = self.recipe.lock
-        if lock is None:
-            return
-        found = {
-            "model": (lock.model_sha256, file_sha256(self.original_path) if self.original_path else None),
-            "calibration": (lock.calibration_sha256, self.calibration.sha256 if self.calibration else None),
-            "evaluation": (lock.evaluation_sha256, self.evaluation.sha256 if self.evaluation else None),
-        }
-        for what, (locked, actual) in found.items():
-            if locked is not None and locked != actual:
-                raise RecipeError(
-                    f"the {what} is not the one that the recipe was locked with (SHA-256 {actual}, locked {locked}); "
-                    "remove [lock] from the recipe to run on it all the same."
-                )
-        for package, version in lock.versions.items():
-            actual = tool_fingerprint().get(package)
-            if actual != version:
-                self.warnings.append(f"locked with {package} {version}, running with {actual}: results may differ.")
-
-    def _one_feed(self, specs: list[Any]) -> Feed | None:
-        """The feed that latency and memory are measured on: the first sample, or a made-up one of the asked shape."""
-        for dataset in (self.evaluation, self.calibration):
-            if dataset is not None:
-                return next(iter(dataset))
-        for feed in random_feeds(specs, fixed=self.recipe.shapes, seed=self.recipe.seed, count=1):
-            try:
-                self.session.run(feed)
-            except SlimError as error:
-                self.not_measured.append(f"latency and memory: the model does not run on made-up inputs ({error})")
-                return None
-            return feed
-        return None
-
-    # ----------------------------------------------------------------------------------------------------- running
-
     def run(self, command: str) -> Run:
-        created = not self.folder.exists()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.folder}: cannot be written ({error.strerror}).") from None
-        try:
-            original = stage = self._first_stage()
-        except SlimError:
-            if created:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            raise
+        """Do everything, and write the record last."""
+        original = stage = self._first_stage()
         entries: list[PassEntry] = []
-        for number, pass_ in enumerate(self.passes, start=1):
-            self.progress(f"{number}/{len(self.passes)} {pass_.name}", 0, 0)
+        for number, pass_ in enumerate(self.inputs.passes, start=1):
+            self.progress(f"{number}/{len(self.inputs.passes)} {pass_.name}", 0, 0)
             stage, entry = self.runner.apply(stage, pass_)
             entries.append(entry)
         self._write_model(stage)
-        result = self.folder / "model.onnx"
-
-        before, after = self._snapshots(original, stage, result)
-        targets = [self._compile(target, stage, result) for target in self.targets]
+        before, after = self._snapshots(original, stage)
+        self._remove_old_bundles()
+        targets = [self._compile(target, stage) for target in self.inputs.targets]
         self.progress("comparing layer by layer", 0, 0)
-        errors = self._layer_errors(original.model, stage.model)
-        if after.latency is not None and (after.latency.ratio or 0) > _SLOWER:
-            self.warnings.append(
-                f"the result takes {after.latency.ratio:.2f} of the original's time in ONNX Runtime on this machine: "
-                "smaller, but not faster."
-            )
+        errors = self._layer_errors(stage.model)
         goals = judge(self.recipe.goals, self.recipe.targets, before, after, targets)
+        resolved = self._resolved_recipe(original.path)
         record = Record(
             tool_version=onnxslim.__version__,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             seconds=time.perf_counter() - self.started,
-            command=command.format(lock="recipe.lock.toml"),
-            recipe=self._resolved_recipe().tables(),
+            command=command,
+            recipe=resolved.tables(),
             verdict=verdict(goals),
             summary=summarize(before, after, goals, targets),
             goals=goals,
@@ -344,84 +242,97 @@ class _Job:
             targets=targets,
             layer_errors=errors,
             data=self._data_entries(),
-            warnings=[*self.warnings, *self.runner.warnings],
-            not_measured=self._all_not_measured(after, targets),
+            warnings=[*self.inputs.warnings, *self.runner.warnings, *_slower(after)],
+            not_measured=self._not_measured(after, targets, errors),
             environment=environment(),
         )
-        self._write(record)
+        self._write(record, resolved)
         return Run(self.folder, record, stage.model)
 
     def _first_stage(self) -> Stage:
-        path = self.original_path
-        if path is None:
+        """Make the output folder and score the original; a folder made for nothing is removed again."""
+        created = not self.folder.exists()
+        try:
             self.cache.folder.mkdir(parents=True, exist_ok=True)
-            path = self.cache.folder / "original.onnx"
-            self.original.save(path)
-        sha = file_sha256(path)
-        data = [self.calibration, self.evaluation]
-        key = content_key(
-            model=sha,
-            data=[dataset.sha256 if dataset else None for dataset in data],
-            metric=self.metric.name if self.metric else None,
-            seed=self.recipe.seed,
-            shapes=self.recipe.shapes,
-            goals=self.recipe.goals.max_accuracy_drop,
-        )
-        stage = self.runner.first(path, key)
-        score = stage.score
-        wanted = self.recipe.goals.min_accuracy
+        except OSError as error:
+            raise OutputError(f"{self.folder}: cannot be written ({error.strerror}).") from None
+        try:
+            path = self.inputs.original.path
+            if path is None:
+                path = self.cache.folder / "original.onnx"
+                self.inputs.original.save(path)
+            key = content_key(
+                model=file_sha256(path),
+                data=self.inputs.data_hashes,
+                metric=self.inputs.metric.name if self.inputs.metric else None,
+                seed=self.recipe.seed,
+                shapes=self.recipe.shapes,
+                budget=self.runner.budget,
+            )
+            stage = self.runner.first(path, key)
+            self._check_reachable(stage)
+        except SlimError:
+            if created:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        return stage
+
+    def _check_reachable(self, original: Stage) -> None:
+        wanted, score = self.recipe.goals.min_accuracy, original.score
         if wanted is not None and score is not None and score.value < wanted:
             raise RecipeError(
                 f"goal min_accuracy = {wanted:g} is out of reach: the original itself scores {score.value:.4g} "
                 f"({score.metric} over {score.samples} samples)."
             )
-        return stage
 
     # ------------------------------------------------------------------------------------------------- measuring
 
-    def _snapshots(self, original: Stage, final: Stage, result: Path) -> tuple[Snapshot, Snapshot]:
+    def _snapshots(self, original: Stage, final: Stage) -> tuple[Snapshot, Snapshot]:
         """Measure the original and the written result side by side, or take that from an earlier run."""
-        key = content_key(pair=[file_sha256(original.path), file_sha256(result)], stage=final.key, threads=self.threads)
+        files = (original.path, self.result)
+        key = content_key(pair=[file_sha256(path) for path in files], stage=final.key, threads=self.threads)
         cached = self.cache.get(key, _Pair)
         if cached is not None:
             return cached[0].before, cached[0].after
-        self.progress("measuring", 0, 3)
-        before = snapshot(original.path, self.feed, original.model)
-        after = snapshot(result, self.feed, final.model)
+        feed = self.inputs.feed
+        before = snapshot(original.path, feed, original.model)
+        after = snapshot(self.result, feed, final.model)
         updates: list[dict[str, Any]] = [{"score": original.score}, {"score": final.score}]
-        if self.feed is not None:
-            self.progress("measuring latency", 1, 3)
-            latencies = time_pair(original.path, result, self.feed, self.threads, max_seconds=_LATENCY_SECONDS)
-            self.progress("measuring memory", 2, 3)
-            for update, latency, path in zip(updates, latencies, (original.path, result), strict=True):
-                update |= {"latency": latency, "peak_memory_bytes": peak_memory(path, self.feed)}
+        if feed is not None:
+            self.progress("measuring latency", 0, 0)
+            latencies = time_pair(*files, feed, self.threads, max_seconds=_LATENCY_SECONDS)
+            self.progress("measuring memory", 0, 0)
+            for update, latency, path in zip(updates, latencies, files, strict=True):
+                update |= {"latency": latency, "peak_memory_bytes": peak_memory(path, feed)}
         pair = _Pair(before=before.model_copy(update=updates[0]), after=after.model_copy(update=updates[1]))
         with self.cache.workspace() as workspace:
             self.cache.put(key, pair, workspace)
         return pair.before, pair.after
 
-    def _compile(self, name: str, stage: Stage, result: Path) -> TargetEntry:
+    def _compile(self, target: Target, stage: Stage) -> TargetEntry:
         """Compile the result for one target, run it where it can run, time it beside ONNX Runtime."""
         from onnxslim.deploy import deploy
 
-        target = find_target(name)
-        self.progress(f"compiling for {name}", 0, 0)
+        self.progress(f"compiling for {target.name}", 0, 0)
         shapes, notes = self._target_shapes()
-        folder = self.folder / "targets" / name
+        folder = self.folder / "targets" / target.name
+        sha256 = file_sha256(self.result)
         key = content_key(
-            target=target.model_dump(mode="json"), model=file_sha256(result), shapes=shapes, stage=stage.key
+            target=target.model_dump(mode="json"), model=sha256, shapes=shapes, stage=stage.key, threads=self.threads
         )
         cached = self.cache.get(key, TargetEntry)
-        if cached is not None and (cached[0].bundle is None or folder.is_dir()):
+        if cached is not None and (cached[0].bundle is None or _holds(folder, sha256, shapes)):
             return cached[0]
-        feeds = list(self.scored.take(_VERIFY_FEEDS)) if self.scored is not None else [self.feed] if self.feed else []
+        shutil.rmtree(folder, ignore_errors=True)  # what an earlier run compiled is not of this model
+        feeds: list[Feed] = [] if self.inputs.feed is None else [self.inputs.feed]
+        if self.inputs.scored is not None:
+            feeds = list(self.inputs.scored.take(_VERIFY_FEEDS))
         try:
-            entry = deploy(result, target, shapes=shapes, output=folder, feeds=feeds, threads=self.threads)
+            entry = deploy(self.result, target, shapes=shapes, output=folder, feeds=feeds, threads=self.threads)
         except TargetError as error:
-            entry = TargetEntry(name=name, description=target.description, status="failed", reason=str(error))
-        entry = entry.model_copy(update={"notes": [*notes, *entry.notes]})
-        if entry.bundle is not None:
-            entry = entry.model_copy(update={"bundle": f"targets/{name}"})
+            entry = TargetEntry(name=target.name, description=target.description, status="failed", reason=str(error))
+        bundle = f"targets/{target.name}" if entry.bundle is not None else None
+        entry = entry.model_copy(update={"notes": [*notes, *entry.notes], "bundle": bundle})
         if entry.status != "failed":
             with self.cache.workspace() as workspace:
                 self.cache.put(key, entry, workspace)
@@ -429,30 +340,28 @@ class _Job:
 
     def _target_shapes(self) -> tuple[dict[str, list[int]], list[str]]:
         """The sizes to compile dynamic inputs for: those asked for, else those of the first sample of the data."""
-        dynamic = {
-            name: spec
-            for name, spec in self.session.inputs.items()
+        dynamic = [
+            name
+            for name, spec in self.inputs.session.inputs.items()
             if spec.shape is not None and not all(isinstance(size, int) for size in spec.shape)
-        }
+        ]
         shapes = {name: sizes for name, sizes in self.recipe.shapes.items() if name in dynamic}
         missing = [name for name in dynamic if name not in shapes]
-        if not missing or self.feed is None:
+        if not missing or self.inputs.feed is None:
             return shapes, []
-        shapes |= {name: size for name, size in shapes_of(self.feed).items() if name in missing}
+        shapes |= {name: size for name, size in shapes_of(self.inputs.feed).items() if name in missing}
         sizes = ", ".join(f"{name} = {shapes[name]}" for name in missing)
         return shapes, [f"compiled for {sizes}, the size of the first sample; [shapes] gives another"]
 
-    def _layer_errors(self, original: Model, result: Model) -> list[Any]:
-        data = self.scored
-        if data is None or not any(not pass_.lossless for pass_ in self.passes):
-            self.not_measured.append("error by layer: " + ("there is no data" if data is None else "no lossy pass ran"))
+    def _layer_errors(self, result: Model) -> list[LayerError]:
+        if self.inputs.scored is None or all(pass_.lossless for pass_ in self.inputs.passes):
             return []
-        return layer_errors(original, result, data.take(_LAYER_ERROR_FEEDS))
+        return layer_errors(self.inputs.original, result, self.inputs.scored.take(_LAYER_ERROR_FEEDS))
 
     def _data_entries(self) -> list[DataEntry]:
         roles: list[tuple[Literal["calibration", "evaluation"], Dataset | None]] = [
-            ("calibration", self.calibration),
-            ("evaluation", self.evaluation),
+            ("calibration", self.inputs.calibration),
+            ("evaluation", self.inputs.evaluation),
         ]
         return [
             DataEntry(role=role, path=data.path, sha256=data.sha256, samples=data.samples, inputs=data.describe())
@@ -460,12 +369,16 @@ class _Job:
             if data is not None
         ]
 
-    def _all_not_measured(self, after: Snapshot, targets: list[TargetEntry]) -> list[str]:
-        missing = list(self.not_measured)
+    def _not_measured(self, after: Snapshot, targets: list[TargetEntry], errors: list[LayerError]) -> list[str]:
+        missing = list(self.inputs.not_measured)
         if after.score is None:
             missing.append("accuracy: there is no evaluation data")
-        elif not after.score.labelled:
-            missing.append("accuracy against labels: there are none; the score is agreement with the original model")
+        elif not after.score.labelled and self.inputs.metric is not None and self.inputs.metric.needs_labels is False:
+            where = "" if self.inputs.evaluation is not None else ", over the very samples that passes calibrate on"
+            missing.append(f"accuracy against labels: the score is likeness to the original model{where}")
+        if not errors:
+            lossless = all(pass_.lossless for pass_ in self.inputs.passes)
+            missing.append(f"error by layer: {'no pass may lose anything' if lossless else 'no tensor is comparable'}")
         for entry in targets:
             if entry.latency is None:
                 emulated = entry.status == "verified"
@@ -477,59 +390,69 @@ class _Job:
 
     def _write_model(self, stage: Stage) -> None:
         """Put the last stage into the output folder: the file that was scored, byte for byte where it is one file."""
-        result = self.folder / "model.onnx"
+        for stale in ("record.json", "report.html"):  # of an earlier run; until this one ends there is none
+            (self.folder / stale).unlink(missing_ok=True)
         if external_files(stage.path):
-            stage.model.save(result)
+            stage.model.save(self.result)
             return
-        with atomic_write(result) as temporary:
+        with atomic_write(self.result) as temporary:
             shutil.copyfile(stage.path, temporary)
+        self.result.with_name(self.result.name + ".data").unlink(missing_ok=True)
 
-    def _resolved_recipe(self) -> Recipe:
+    def _remove_old_bundles(self) -> None:
+        """Remove bundles for targets that this run does not have."""
+        names = {target.name for target in self.inputs.targets}
+        for manifest in (self.folder / "targets").glob("*/manifest.json"):
+            if manifest.parent.name not in names:
+                shutil.rmtree(manifest.parent, ignore_errors=True)
+
+    def _resolved_recipe(self, original: Path) -> Recipe:
         """The recipe with every default written out and everything pinned that decides the result."""
+        calibration, evaluation = self.inputs.data_hashes
+        metric = self.inputs.metric.name if self.inputs.metric else None
         return self.recipe.model_copy(
             update={
-                "passes": [{"name": pass_.name, **pass_.options()} for pass_ in self.passes],
+                "model": str(original),
+                "passes": [{"name": pass_.name, **pass_.options()} for pass_ in self.inputs.passes],
                 "threads": self.threads,
-                "data": self.recipe.data.model_copy(update={"metric": self.metric.name if self.metric else None}),
+                "data": self.recipe.data.model_copy(update={"metric": metric}),
                 "lock": Lock(
-                    model_sha256=file_sha256(self.original_path or self.cache.folder / "original.onnx"),
-                    calibration_sha256=self.calibration.sha256 if self.calibration else None,
-                    evaluation_sha256=self.evaluation.sha256 if self.evaluation else None,
+                    model_sha256=file_sha256(original),
+                    calibration_sha256=calibration,
+                    evaluation_sha256=evaluation,
                     versions={name: v for name, v in tool_fingerprint().items() if name != "source"},
                 ),
             }
         )
 
-    def _write(self, record: Record) -> None:
+    def _write(self, record: Record, resolved: Recipe) -> None:
         from onnxslim.reports import write
 
+        write_lock(resolved, self.folder / "recipe.lock.toml")
+        write(record, self.folder / "report.html")
         with atomic_write(self.folder / "record.json") as temporary:
             temporary.write_text(record.model_dump_json(indent=1), encoding="utf-8")
-        write_lock(self._resolved_recipe(), self.folder / "recipe.lock.toml")
-        write(record, self.folder / "report.html")
 
 
-class _Pair(BaseModel):
-    before: Snapshot
-    after: Snapshot
+def _holds(folder: Path, model_sha256: str, shapes: dict[str, list[int]]) -> bool:
+    """Whether a folder holds the bundle of this very model at these sizes, unharmed."""
+    from onnxslim.targets import Bundle
+
+    try:
+        manifest = Bundle.load(folder).manifest
+    except TargetError:
+        return False
+    return manifest.model_sha256 == model_sha256 and manifest.shapes == shapes
 
 
-def _without_name(table: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in table.items() if key != "name"}
+def _slower(after: Snapshot) -> list[str]:
+    if after.latency is None or after.latency.ratio is None or after.latency.ratio <= _SLOWER:
+        return []
+    return [
+        f"the result takes {after.latency.ratio:.2f} of the original's time in ONNX Runtime on this machine: "
+        "smaller, but not faster."
+    ]
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check_output(folder: Path, source: Path | None) -> None:
-    """Refuse an output folder that cannot be one, or in which writing would touch the input."""
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: is a file; the output of optimize is a folder.")
-    if source is not None and (folder / "model.onnx").resolve() == source.resolve():
-        raise OutputError(f"{folder}: the result would replace the input {source}; choose another folder.")
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    if not os.access(existing, os.W_OK):
-        raise OutputError(f"{folder}: cannot be written (no permission in {existing}).")

@@ -273,3 +273,27 @@ def test_a_target_that_lacks_an_op_does_not_cost_the_run(tmp_path):
     assert entry.unsupported_ops["DeformConv"] == ["deform"]
     assert entry.latency is None
     assert not (tmp_path / "out" / "targets" / "native").exists()
+
+
+def test_bundles_of_an_earlier_run_do_not_stay(small, tmp_path):
+    """The folder holds what this run made: not another model's bundle under the same name, nor another target's."""
+    first = onnxslim.optimize(small / "model.onnx", output=tmp_path, passes=LOSSLESS, targets=["native", "x86-64-v2"])
+    assert (tmp_path / "targets" / "x86-64-v2" / "manifest.json").is_file()
+    other = onnxslim.optimize(small / "model.onnx", output=tmp_path, passes=[], targets=["native"])
+    assert not (tmp_path / "targets" / "x86-64-v2").exists()
+    manifest = tmp_path / "targets" / "native" / "manifest.json"
+    assert json.loads(manifest.read_text())["model_sha256"] == other.record.after.sha256
+    again = onnxslim.optimize(small / "model.onnx", output=tmp_path, passes=LOSSLESS, targets=["native"])
+    assert json.loads(manifest.read_text())["model_sha256"] == again.record.after.sha256 == first.record.after.sha256
+
+
+def test_illegal_arguments_are_recipe_errors(small, tmp_path):
+    for wrong in (
+        {"goals": {"max_sise": 3}},
+        {"goals": {"max_size": "big"}},
+        {"threads": -1},
+        {"shapes": {"image": [-1]}},
+    ):
+        with pytest.raises(onnxslim.RecipeError):
+            onnxslim.optimize(small / "model.onnx", output=tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
