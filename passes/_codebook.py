@@ -179,10 +179,8 @@ def assign_with_feedback(
     work = np.take_along_axis(matrices, order[:, None, :], axis=2)
     scales = np.take_along_axis(np.broadcast_to(scale, matrices.shape), order[:, None, :], axis=2)
     metric = np.take_along_axis(np.take_along_axis(covariance, order[:, :, None], 1), order[:, None, :], 2)
-    ridge = damping * energy.mean(axis=1) + 1e-12 * float(energy.max(initial=0.0)) + 1e-30
-    metric = metric + ridge[:, None, None] * np.eye(width)
-    inverse = np.linalg.inv(metric)
-    upper = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)
+    ridge = damping * np.maximum(energy.mean(axis=1), 0.0) + 1e-12 * float(energy.max(initial=0.0)) + 1e-30
+    upper = _inverse_factor(metric, ridge)
     indices = np.empty(work.shape, np.uint8)
     block = 128
     for begin in range(0, width, block):
@@ -198,3 +196,22 @@ def assign_with_feedback(
     back = np.empty_like(indices)
     np.put_along_axis(back, np.broadcast_to(order[:, None, :], indices.shape), indices, axis=2)
     return back
+
+
+def _inverse_factor(metric: FloatArray, ridge: FloatArray) -> FloatArray:
+    """Upper triangular ``U`` ``[G, K, K]`` with ``U^T U`` the inverse of ``metric`` plus ``ridge`` ``[G]`` times one.
+
+    A covariance is positive but for rounding: where that shows, the ridge grows until it is covered.
+    """
+    factors = np.empty_like(metric)
+    for index, (block, strength) in enumerate(zip(metric, ridge, strict=True)):
+        for _ in range(30):
+            try:
+                inverse = np.linalg.inv(block + strength * np.eye(len(block)))
+                factors[index] = np.linalg.cholesky((inverse + inverse.T) / 2).T
+                break
+            except np.linalg.LinAlgError:
+                strength = 10 * strength
+        else:
+            factors[index] = np.eye(len(block))
+    return factors

@@ -208,7 +208,7 @@ def linear_layer(node: gs.Node) -> LinearLayer | None:
 class Moments:
     """Streamed first and second moments of rows ``x`` ``[G, R, K]``, and with a target ``y`` ``[G, R, O]`` across both.
 
-    All sums are float64; products within one batch are taken in the dtype of the rows.
+    All sums are float64; products within one batch are taken in the dtype of the rows, about the batch's mean.
 
     Attributes:
         count: rows seen.
@@ -242,15 +242,22 @@ class Moments:
             sound &= np.isfinite(y).all(axis=(0, 2))
         if not sound.all():
             x, y = x[:, sound], None if y is None else y[:, sound]
-        across = x.transpose(0, 2, 1)
+        if not x.shape[1]:
+            return
         self.count += x.shape[1]
-        self.sum_x += x.sum(axis=1, dtype=np.float64)
-        self.gram += across @ x
+        x, x_centre, x_rest = _centred(x)
+        total = x_rest + x.shape[1] * x_centre
+        across = x.transpose(0, 2, 1)
+        self.sum_x += total
+        self.gram += across @ x + x_rest[:, :, None] * x_centre[:, None, :] + x_centre[:, :, None] * total[:, None, :]
         if y is not None and self.sum_y is not None and self.cross is not None and self.sum_yy is not None:
-            y = y.astype(x.dtype, copy=False)
-            self.sum_y += y.sum(axis=1, dtype=np.float64)
-            self.sum_yy += np.square(y, dtype=np.float64).sum(axis=1)
-            self.cross += across @ y
+            y, y_centre, y_rest = _centred(y.astype(x.dtype, copy=False))
+            y_total = y_rest + y.shape[1] * y_centre
+            self.sum_y += y_total
+            self.sum_yy += np.square(y, dtype=np.float64).sum(axis=1) + y_centre * (y_rest + y_total)
+            self.cross += (
+                across @ y + x_rest[:, :, None] * y_centre[:, None, :] + x_centre[:, :, None] * y_total[:, None, :]
+            )
 
     def merged(self, other: Moments) -> Moments:
         """The moments of the rows of both."""
@@ -288,6 +295,17 @@ class Moments:
         """Covariance between rows and targets, ``[G, K, O]``."""
         assert self.cross is not None, "moments were taken without a target"
         return self.cross / max(self.count, 1) - self.mean[:, :, None] * self.mean_y[:, None, :]
+
+
+def _centred(rows: Array) -> tuple[Array, FloatArray, FloatArray]:
+    """Rows ``[G, R, K]`` less about their mean, that mean ``[G, K]``, and the sum of what is left, ``[G, K]``.
+
+    A product in float32 is good to seven digits of the rows' squares. Where the mean is large beside the spread, that
+    would be all of the covariance, and leave it with negative eigenvalues.
+    """
+    centre = rows.mean(axis=1, dtype=np.float64).astype(rows.dtype)
+    rest = rows - centre[:, None, :]
+    return rest, centre.astype(np.float64), rest.sum(axis=1, dtype=np.float64)
 
 
 def input_moments(

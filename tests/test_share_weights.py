@@ -11,6 +11,7 @@ from onnxslim.data import open_dataset
 from onnxslim.model import Model, load
 from onnxslim.passes._codebook import Coded, assign_with_feedback, fit, kmeans, nearest
 from onnxslim.passes._packed import PLANES, CodebookWriter, Form, pack, unpack_table
+from onnxslim.passes._statistics import Moments
 from onnxslim.passes.base import Context
 from onnxslim.passes.share_weights import ShareWeights
 from onnxslim.runtime import Session
@@ -126,6 +127,23 @@ def test_feedback_lowers_the_error_of_the_output():
 
     chosen = assign_with_feedback(matrices, covariance, book, np.ones((1, 1, 1)))
     assert loss(chosen) < 0.4 * loss(nearest(matrices, book))
+
+
+def test_inputs_that_hardly_vary_around_a_large_mean():
+    rng = np.random.default_rng(5)
+    near = (6 + 1e-4 * rng.normal(size=(2, 400, 12))).astype(np.float32)
+    near[1] = 6
+    moments = Moments.empty(2, 12, 3)
+    for part in np.split(near, 4, axis=1):
+        moments.add(part, part[:, :, :3] * 2)
+    exact = np.stack([np.cov(rows.T.astype(np.float64), bias=True) for rows in near])
+    assert np.abs(moments.covariance - exact).max() < 1e-5 * exact.max()
+    assert np.abs(moments.cross_covariance - 2 * exact[:, :, :3]).max() < 1e-5 * exact.max()
+    book, ones = np.linspace(-1, 1, 16), np.ones((2, 5, 12))
+    assign_with_feedback(rng.normal(size=(2, 5, 12)), moments.covariance, book, ones)
+    indefinite = np.stack([-np.eye(12), np.diag([1.0] * 11 + [-1.0])])
+    indices = assign_with_feedback(rng.normal(size=(2, 5, 12)), indefinite, book, ones)
+    assert indices.shape == (2, 5, 12)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
