@@ -377,13 +377,16 @@ def _interval_of_mean(values: np.ndarray) -> Interval | None:
     return Interval(low=float(low), high=float(high), method=f"bootstrap, {resamples} resamples")
 
 
+_RESAMPLES = 200
+_RESAMPLING_SECONDS = 20.0
+
+
 def _bootstrap_feeds(
     function: ScoreFunction, name: str, outputs: list[Outputs], dataset: Dataset, value: float, seconds: float
 ) -> Interval | None:
-    """Resample whole feeds with their labels, as often as five seconds allow, up to 500 times."""
+    """Resample whole feeds with their labels, unless that would take too long: always as often, so the same twice."""
     feeds = len(outputs)
-    resamples = min(500, int(5 / max(seconds, 1e-9)))
-    if feeds < 10 or resamples < 100:
+    if feeds < 10 or seconds * _RESAMPLES > _RESAMPLING_SECONDS:
         why = f"{feeds} feeds are too few to resample" if feeds < 10 else f"{name} takes {seconds:.1f} s a call"
         logger.info("no confidence interval: %s", why)
         return None
@@ -393,7 +396,7 @@ def _bootstrap_feeds(
         parts = [dataset.labels[end - rows : end] for end, rows in zip(ends, dataset.rows, strict=True)]
     rng = np.random.default_rng(0)
     scores = []
-    for _ in range(resamples):
+    for _ in range(_RESAMPLES):
         chosen = rng.integers(0, feeds, feeds)
         labels = None if parts is None else np.concatenate([parts[index] for index in chosen])
         try:
@@ -405,7 +408,7 @@ def _bootstrap_feeds(
     if not low <= value <= high:
         logger.info("no confidence interval: the score depends on the order of the feeds")
         return None
-    return Interval(low=low, high=high, method=f"bootstrap over feeds, {resamples} resamples")
+    return Interval(low=low, high=high, method=f"bootstrap over feeds, {_RESAMPLES} resamples")
 
 
 # ------------------------------------------------------------------------------------------------- the built-in ones
