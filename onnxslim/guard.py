@@ -581,7 +581,7 @@ def layer_errors(
             _add_errors(errors, *outputs)
             largest = max(largest, *(getattr(value, "nbytes", 0) for values in outputs for value in values.values()))
         # Tensors mostly shrink along a graph, so the largest so far bounds those to come well enough.
-        group = max(1, min(64, max_bytes // largest))
+        group = max(1, min(512, max_bytes // largest))
     return [errors[name].entry(name, nodes[name].name, nodes[name].op) for name in names if errors[name].seen]
 
 
