@@ -281,14 +281,20 @@ def report(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="the ou
 
 
 @app.command()
-def passes(as_json: Json = False) -> None:
-    """List every pass with its options."""
-    from onnxslim.passes import PASSES
+def passes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="PASS", help="only this pass, with its whole description")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List every pass with its options, or describe one."""
+    from onnxslim.passes import PASSES, find_pass
 
+    kinds = [find_pass(name)] if name is not None else list(PASSES.values())
     if as_json:
-        typer.echo(json.dumps({name: kind.model_json_schema() for name, kind in PASSES.items()}, indent=1))
+        typer.echo(json.dumps({kind.name: kind.model_json_schema() for kind in kinds}, indent=1))
     else:
-        show.print_passes(Console())
+        show.print_passes(Console(), kinds, whole=name is not None)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -14,7 +15,7 @@ from rich.table import Table
 from onnxslim.bench import BenchEntry
 from onnxslim.compare import Comparison
 from onnxslim.inspection import Inspection
-from onnxslim.passes import PASSES
+from onnxslim.passes import Pass
 from onnxslim.record import Latency, Record, Score, Snapshot, TargetEntry
 from onnxslim.slim import SlimRun
 from onnxslim.targets import TARGETS
@@ -258,12 +259,12 @@ def print_inspection(console: Console, found: Inspection) -> None:
             console.print(f"target {target.name}: [red]cannot be compiled[/]: {escape(target.note or lacking)}")
 
 
-def print_passes(console: Console) -> None:
-    """Every pass with its options, their defaults and what they mean."""
-    for kind in PASSES.values():
-        lines = (kind.__doc__ or "").strip().splitlines()
+def print_passes(console: Console, kinds: list[type[Pass]], *, whole: bool) -> None:
+    """Passes with their options, defaults and what they mean; with the whole description where ``whole``."""
+    for kind in kinds:
+        text = inspect.cleandoc(kind.__doc__ or "")
         nature = "lossless" if kind.lossless else "lossy, needs calibration data" if kind.needs_calibration else "lossy"
-        console.print(f"[bold]{kind.name}[/] ({nature}): {escape(lines[0] if lines else '')}")
+        console.print(f"[bold]{kind.name}[/] ({nature}): {escape(text if whole else text.partition(chr(10))[0])}")
         for name, field in kind.model_fields.items():
             default = "" if field.is_required() else f" = {field.get_default(call_default_factory=True)!r}"
             console.print(f"    [cyan]{name}[/]{escape(default)}  {escape(field.description or '')}")

@@ -27,6 +27,7 @@ __all__ = [
     "Refusal",
     "ShareWeights",
     "Simplify",
+    "find_pass",
     "make_pass",
 ]
 
@@ -36,15 +37,24 @@ PASSES: dict[str, type[Pass]] = {
 """Every pass by name, in the order in which they make sense."""
 
 
+def find_pass(name: str) -> type[Pass]:
+    """The pass of that name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if name not in PASSES:
+        raise RecipeError(unknown_name("pass", name, PASSES))
+    return PASSES[name]
+
+
 def make_pass(name: str, options: dict[str, Any]) -> Pass:
     """Build a pass from its name and options, as a recipe holds them.
 
     Raises:
         RecipeError: there is no such pass or option, or a value is of the wrong type or out of range.
     """
-    kind = PASSES.get(name)
-    if kind is None:
-        raise RecipeError(unknown_name("pass", name, PASSES))
+    kind = find_pass(name)
     try:
         return kind(**options)
     except ValidationError as error:
