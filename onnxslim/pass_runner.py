@@ -126,11 +126,16 @@ class PassRunner:
         """Try a pass, weaker and weaker while it is out of budget."""
         attempt = pass_
         failed: list[str] = []
+        made: set[str] = set()
         for attempts in range(1, _ATTEMPTS + 1):
             entry = self._attempt(stage, attempt, path).model_copy(update={"attempts": attempts})
             weaker = attempt.weaker()
             if entry.status != "rolled back" or attempt.lossless or weaker is None:
                 break
+            digest = file_sha256(path)
+            if digest in made:  # what is weaker makes the same file: there is nothing left to weaken
+                break
+            made.add(digest)
             changed = [
                 f"{name} = {value}" for name, value in attempt.options().items() if value != weaker.options()[name]
             ]
