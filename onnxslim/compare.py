@@ -86,7 +86,9 @@ def compare(
     names = [{node.name for graph in model.graphs() for node in graph.nodes if node.name} for model in models]
     outputs = output_errors(session, Session(b), feeds)
     if not outputs:
-        raise ModelError(f"{a} and {b} have no output of the same name, so their results cannot be compared.")
+        raise ModelError(
+            f"{a} and {b} gave no numbers of the same output name and shape, so their results cannot be compared."
+        )
     sides = [
         Side(
             path=str(path),

@@ -529,14 +529,16 @@ class _Error:
 
 
 def output_errors(before: Session, after: Session, feeds: Iterable[Feed]) -> list[LayerError]:
-    """How far the float outputs of the same name and shape are apart, over all feeds; ``node`` and ``op`` are empty.
+    """How far the outputs of the same name and shape are apart, over all feeds; ``node`` and ``op`` are empty.
+
+    Integers and truth values (labels, indices) are compared as numbers. Strings, sequences and maps are left out.
 
     Raises:
         ModelError: one of the two does not run on a feed.
     """
     errors = {name: _Error() for name in before.output_names if name in after.output_names}
     for feed in feeds:
-        _add_errors(errors, before.run(feed), after.run(feed))
+        _add_errors(errors, before.run(feed), after.run(feed), kinds="fiub")
     return [error.entry(name, "", "") for name, error in errors.items() if error.seen]
 
 
@@ -577,19 +579,21 @@ def layer_errors(
         start += len(chosen)
         sessions = [Session(model, threads=threads, outputs=chosen, optimize=False) for model in (before, after)]
         for feed in feeds:
-            outputs = [session.run(feed) for session in sessions]
-            _add_errors(errors, *outputs)
-            largest = max(largest, *(getattr(value, "nbytes", 0) for values in outputs for value in values.values()))
+            expected, got = (session.run(feed) for session in sessions)
+            _add_errors(errors, expected, got)
+            largest = max(largest, *(getattr(value, "nbytes", 0) for value in (*expected.values(), *got.values())))
         # Tensors mostly shrink along a graph, so the largest so far bounds those to come well enough.
         group = max(1, min(512, max_bytes // largest))
     return [errors[name].entry(name, nodes[name].name, nodes[name].op) for name in names if errors[name].seen]
 
 
-def _add_errors(errors: Mapping[str, _Error], before: Feed, after: Feed) -> None:
+def _add_errors(errors: Mapping[str, _Error], before: Feed, after: Feed, kinds: str = "f") -> None:
+    """Add one feed's results, of these kinds of numpy dtype."""
     for name, value in before.items():
         other = after.get(name)
         if name not in errors or not isinstance(value, np.ndarray) or not isinstance(other, np.ndarray):
             continue
-        # float32 against float16 is a comparison worth making; integers (quanta, indices) are not.
-        if value.dtype.kind == "f" and other.dtype.kind == "f" and value.shape == other.shape and value.size:
+        # float32 against float16 is a comparison worth making; inner integers (quanta, indices) are not.
+        alike = value.dtype.kind == other.dtype.kind and value.dtype.kind in kinds
+        if alike and value.shape == other.shape and value.size:
             errors[name].add(value, other)

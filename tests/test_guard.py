@@ -362,6 +362,14 @@ def test_output_errors_compare_outputs_of_one_name():
     assert output_errors(before, other, feeds([1, 2, 3, 4])) == []
 
 
+def test_output_errors_compare_labels_as_numbers():
+    outputs = "(int64[N] best, bool[N, 4] up)"
+    graph = f"graph (float[N, 4] x) => {outputs} {{ best = ArgMax <axis = 1, keepdims = 0> (x) up = IsNaN(x) }}"
+    before, after = (Session(model(text)) for text in (graph, graph.replace("ArgMax", "ArgMin")))
+    best, up = output_errors(before, after, feeds([1, 2, 3, 4]))
+    assert (best.tensor, best.max_abs_error, up.tensor, up.max_abs_error) == ("best", 3, "up", 0)
+
+
 def test_guards_change_neither_model():
     before = model("graph (float[N, 4] x) => (float[N, 4] y) <float[4] w = {1, 2, 3, 4}> { a = Mul(x, w) y = Tanh(a) }")
     constant = next(t for t in before.graph.nodes[0].inputs if isinstance(t, gs.Constant) or t.name == "w")
