@@ -2,8 +2,8 @@
 
 All of it is numpy on one tensor at a time; nothing here knows a graph. ``fit`` clusters (1-D k-means: Deep Compression,
 Han et al. 2016), ``Coded.decode`` gives back exactly the values that a runtime computes from what is stored.
-``assign_with_feedback`` chooses indices so that the error of one column is made up for by the
-columns after it (GPTQ, Frantar et al. 2023, here with a codebook in place of a linear grid).
+``Feedback`` chooses indices so that the error of one column is made up for by the columns after it (GPTQ, Frantar et
+al. 2023, here with a codebook in place of a linear grid).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Coded", "assign_with_feedback", "fit", "kmeans", "nearest"]
+__all__ = ["Coded", "Feedback", "fit", "kmeans", "nearest"]
 
 Array = NDArray[Any]
 FloatArray = NDArray[np.float64]
@@ -158,60 +158,75 @@ def _round(centres: FloatArray, dtype: np.dtype[Any]) -> Array:
     return np.unique(centres.astype(dtype))
 
 
-def assign_with_feedback(
-    matrices: FloatArray, covariance: FloatArray, codebook: FloatArray, scale: FloatArray, damping: float = 1e-2
-) -> NDArray[np.uint8]:
-    """Indices ``[G, O, K]`` for ``matrices`` that keep the layer's output, not only each weight, close.
+class Feedback:
+    """How what one column of a layer loses is put on those that are still free, for inputs of one covariance.
 
     Columns are fixed one after another, those with the most input energy first; what each loses is put on those
-    that are still free, through the inverse of the inputs' covariance.
-
-    Args:
-        matrices: ``[G, O, K]``.
-        covariance: of the layer's inputs, ``[G, K, K]``.
-        codebook: ascending centres.
-        scale: broadcastable to ``matrices``; positive.
-        damping: share of the mean input energy added to the diagonal.
+    that are still free, through the inverse of the inputs' covariance (GPTQ; Frantar et al. 2023).
     """
-    groups, _, width = matrices.shape
-    energy = np.diagonal(covariance, axis1=1, axis2=2)
-    order = np.argsort(-energy, axis=1, kind="stable")
-    work = np.take_along_axis(matrices, order[:, None, :], axis=2)
-    scales = np.take_along_axis(np.broadcast_to(scale, matrices.shape), order[:, None, :], axis=2)
-    metric = np.take_along_axis(np.take_along_axis(covariance, order[:, :, None], 1), order[:, None, :], 2)
-    ridge = damping * np.maximum(energy.mean(axis=1), 0.0) + 1e-12 * float(energy.max(initial=0.0)) + 1e-30
-    upper = _inverse_factor(metric, ridge)
-    indices = np.empty(work.shape, np.uint8)
-    block = 128
-    for begin in range(0, width, block):
-        end = min(begin + block, width)
-        losses = np.zeros((groups, work.shape[1], end - begin))
-        for k in range(begin, end):
-            column = work[:, :, k]
-            indices[:, :, k] = nearest(column / scales[:, :, k], codebook)
-            loss = (column - codebook[indices[:, :, k]] * scales[:, :, k]) / upper[:, k, k][:, None]
-            work[:, :, k + 1 : end] -= loss[:, :, None] * upper[:, None, k, k + 1 : end]
-            losses[:, :, k - begin] = loss
-        work[:, :, end:] -= losses @ upper[:, begin:end, end:]
-    back = np.empty_like(indices)
-    np.put_along_axis(back, np.broadcast_to(order[:, None, :], indices.shape), indices, axis=2)
-    return back
+
+    def __init__(self, covariance: FloatArray, damping: float = 1e-2) -> None:
+        """Factor the inverse of ``covariance`` ``[G, K, K]``; ``damping`` is a share of the mean input energy."""
+        energy = np.diagonal(covariance, axis1=1, axis2=2)
+        self.order = np.argsort(-energy, axis=1, kind="stable")
+        ridge = damping * np.maximum(energy.mean(axis=1), 0.0) + 1e-12 * float(energy.max(initial=0.0)) + 1e-30
+        self.upper = np.empty_like(covariance)
+        for index, (block, order, strength) in enumerate(zip(covariance, self.order, ridge, strict=True)):
+            self.upper[index] = _inverse_factor(block[np.ix_(order, order)], float(strength))
+
+    def assign(self, matrices: FloatArray, codebook: FloatArray, scale: FloatArray) -> NDArray[np.uint8]:
+        """Indices ``[G, O, K]`` for ``matrices`` that keep the layer's output, not only each weight, close.
+
+        Args:
+            matrices: ``[G, O, K]``.
+            codebook: ascending centres.
+            scale: broadcastable to ``matrices``; positive.
+        """
+        groups, _, width = matrices.shape
+        order, upper = self.order[:, None, :], self.upper
+        work = np.take_along_axis(matrices, order, axis=2)
+        scales = np.take_along_axis(np.broadcast_to(scale, matrices.shape), order, axis=2)
+        indices = np.empty(work.shape, np.uint8)
+        block = 128
+        for begin in range(0, width, block):
+            end = min(begin + block, width)
+            losses = np.zeros((groups, work.shape[1], end - begin))
+            for k in range(begin, end):
+                column = work[:, :, k]
+                indices[:, :, k] = nearest(column / scales[:, :, k], codebook)
+                loss = (column - codebook[indices[:, :, k]] * scales[:, :, k]) / upper[:, k, k][:, None]
+                work[:, :, k + 1 : end] -= loss[:, :, None] * upper[:, None, k, k + 1 : end]
+                losses[:, :, k - begin] = loss
+            work[:, :, end:] -= losses @ upper[:, begin:end, end:]
+        back = np.empty_like(indices)
+        np.put_along_axis(back, np.broadcast_to(order, indices.shape), indices, axis=2)
+        return back
 
 
-def _inverse_factor(metric: FloatArray, ridge: FloatArray) -> FloatArray:
-    """Upper triangular ``U`` ``[G, K, K]`` with ``U^T U`` the inverse of ``metric`` plus ``ridge`` ``[G]`` times one.
+def _inverse_factor(metric: FloatArray, ridge: float) -> FloatArray:
+    """Upper triangular ``U`` ``[K, K]`` with ``U^T U`` the inverse of ``metric`` plus ``ridge`` times one.
 
     A covariance is positive but for rounding: where that shows, the ridge grows until it is covered.
     """
-    factors = np.empty_like(metric)
-    for index, (block, strength) in enumerate(zip(metric, ridge, strict=True)):
-        for _ in range(30):
-            try:
-                inverse = np.linalg.inv(block + strength * np.eye(len(block)))
-                factors[index] = np.linalg.cholesky((inverse + inverse.T) / 2).T
-                break
-            except np.linalg.LinAlgError:
-                strength = 10 * strength
-        else:
-            factors[index] = np.eye(len(block))
-    return factors
+    eye = np.eye(len(metric))
+    for _ in range(30):
+        try:
+            # Reversed twice, a lower factor of the metric is an upper one: its inverse is what is wanted.
+            lower = np.linalg.cholesky((metric + ridge * eye)[::-1, ::-1])
+            return _inverse_of_upper(np.ascontiguousarray(lower[::-1, ::-1]))
+        except np.linalg.LinAlgError:
+            ridge = 10 * ridge
+    return eye
+
+
+def _inverse_of_upper(matrix: FloatArray) -> FloatArray:
+    """The inverse of an upper triangular ``[K, K]``, by halves: all but small blocks are matrix products."""
+    size = len(matrix)
+    if size <= 64:
+        return np.asarray(np.triu(np.linalg.inv(matrix)))
+    half = size // 2
+    inverse = np.zeros_like(matrix)
+    inverse[:half, :half] = _inverse_of_upper(matrix[:half, :half])
+    inverse[half:, half:] = _inverse_of_upper(matrix[half:, half:])
+    inverse[:half, half:] = -inverse[:half, :half] @ matrix[:half, half:] @ inverse[half:, half:]
+    return inverse

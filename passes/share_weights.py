@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 
 from onnxslim.graph.walk import drop_value_info, hoist_constants
 from onnxslim.passes._bias import add_to_bias, bias_of
-from onnxslim.passes._codebook import Coded, assign_with_feedback, fit, nearest
+from onnxslim.passes._codebook import Coded, Feedback, fit, nearest
 from onnxslim.passes._identical import main_graphs, share_identical
 from onnxslim.passes._packed import CodebookWriter
 from onnxslim.passes._refit import Split, by_input, channel_weights, loss, moments_between, output_errors, refits
@@ -271,12 +271,13 @@ class ShareWeights(Pass):
         best, least = plain, loss(_matrices(layer, plain.decode()), held)
         spread = channel_weights(moments)[:, :, None] * (energy[:, None, :] + 1e-3 * energy.mean())
         importance = layer.stored(np.ascontiguousarray(spread)).astype(np.float64)
+        feedback = Feedback(covariance)
         for matrices in (dense, *refits(dense, moments)):
             stored = layer.stored(matrices)
             first = self._cluster(target, stored, importance)
             ones = np.ones(stored.shape) if first.scale is None else np.broadcast_to(first.scale, stored.shape)
             scales, book = _matrices(layer, ones.astype(np.float64)), first.codebook.astype(np.float64)
-            indices = assign_with_feedback(_matrices(layer, stored), covariance, book, scales)
+            indices = feedback.assign(_matrices(layer, stored), book, scales)
             # The exact index back in the layout of the weight: the value decides it.
             values = _unscaled(layer, book[indices])
             coded = dataclasses.replace(first, indices=nearest(values, book))

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from onnxslim.data import open_dataset
 from onnxslim.model import Model, load
-from onnxslim.passes._codebook import Coded, assign_with_feedback, fit, kmeans, nearest
+from onnxslim.passes._codebook import Coded, Feedback, fit, kmeans, nearest
 from onnxslim.passes._packed import PLANES, CodebookWriter, Form, pack, unpack_table
 from onnxslim.passes._statistics import Moments
 from onnxslim.passes.base import Context
@@ -125,8 +125,17 @@ def test_feedback_lowers_the_error_of_the_output():
         gap = matrices - book[indices]
         return float(np.einsum("gok,gkl,gol->", gap, covariance, gap))
 
-    chosen = assign_with_feedback(matrices, covariance, book, np.ones((1, 1, 1)))
+    chosen = Feedback(covariance).assign(matrices, book, np.ones((1, 1, 1)))
     assert loss(chosen) < 0.4 * loss(nearest(matrices, book))
+
+
+def test_feedback_factors_the_inverse_of_the_covariance():
+    rows = np.random.default_rng(1).normal(size=(400, 150))
+    covariance = (rows.T @ rows / 400)[None]
+    feedback = Feedback(covariance, damping=0.0)
+    upper, order = feedback.upper[0], feedback.order[0]
+    assert np.array_equal(upper, np.triu(upper))
+    np.testing.assert_allclose(upper.T @ upper, np.linalg.inv(covariance[0][np.ix_(order, order)]), atol=1e-9)
 
 
 def test_inputs_that_hardly_vary_around_a_large_mean():
@@ -140,9 +149,9 @@ def test_inputs_that_hardly_vary_around_a_large_mean():
     assert np.abs(moments.covariance - exact).max() < 1e-5 * exact.max()
     assert np.abs(moments.cross_covariance - 2 * exact[:, :, :3]).max() < 1e-5 * exact.max()
     book, ones = np.linspace(-1, 1, 16), np.ones((2, 5, 12))
-    assign_with_feedback(rng.normal(size=(2, 5, 12)), moments.covariance, book, ones)
+    Feedback(moments.covariance).assign(rng.normal(size=(2, 5, 12)), book, ones)
     indefinite = np.stack([-np.eye(12), np.diag([1.0] * 11 + [-1.0])])
-    indices = assign_with_feedback(rng.normal(size=(2, 5, 12)), indefinite, book, ones)
+    indices = Feedback(indefinite).assign(rng.normal(size=(2, 5, 12)), book, ones)
     assert indices.shape == (2, 5, 12)
 
 
