@@ -203,7 +203,9 @@ def find_metric(metric: str | ScoreFunction | None, dataset: Dataset, model: Run
         found.values(_Case(outputs, outputs, labels, rows, found.output, found.name))
         return found
     names = ["top1", "negative-mae"] if dataset.labels is not None else ["agreement", "cosine"]
-    discrete = [name for name, value in outputs.items() if isinstance(value, np.ndarray) and value.dtype.kind in "iub"]
+    discrete = [
+        name for name, value in outputs.items() if isinstance(value, np.ndarray) and value.dtype.kind in _DISCRETE
+    ]
     if dataset.labels is None and len(discrete) == 1:
         names.insert(1, f"agreement@{discrete[0]}")
     for name in names:
@@ -492,10 +494,10 @@ def _negative_error(error: Callable[[np.ndarray], np.ndarray]) -> Callable[[_Cas
 
 
 def _agreement(case: _Case) -> np.ndarray:
-    """Share of positions whose class (or integer) is the original's."""
+    """Share of positions whose class (or integer, or string) is the original's."""
     fitting = [
         name
-        for name, value in _choose(case, case.original, "fiub").items()
+        for name, value in _choose(case, case.original, _DISCRETE + "f").items()
         if value.dtype.kind != "f" or _class_axis(value) is not None
     ]
     if len(fitting) > 1:
@@ -517,6 +519,7 @@ def _agreement(case: _Case) -> np.ndarray:
 
 
 _NO_CLASS = -(2**62)
+_DISCRETE = "iubOUS"  # dtype kinds; ONNX Runtime gives strings as objects
 
 
 def _class_axis(value: np.ndarray) -> int | None:
@@ -526,9 +529,11 @@ def _class_axis(value: np.ndarray) -> int | None:
 
 
 def _classes(value: np.ndarray) -> np.ndarray:
-    """The most likely class of each position; no class where a score is NaN. Integer outputs are classes."""
+    """The most likely class of each position; no class where a score is NaN. Integers and strings are classes."""
     if value.dtype.kind in "iub":
         return value.astype(np.int64)
+    if value.dtype.kind in _DISCRETE:
+        return value
     axis = _class_axis(value)
     if axis is None:
         return np.full(value.shape, _NO_CLASS)

@@ -157,6 +157,16 @@ def test_agreement_on_sequences_of_different_length():
     assert score(shorter, metric="cosine", reference=Fake(y=lambda x: x[0])).value == -1
 
 
+def test_agreement_on_labels_that_are_strings():
+    names = np.array(["cat", "dog", "emu"], object)
+    named = Fake(label=lambda x: names[x.argmax(axis=1) % 3], scores=lambda x: [{"cat": 1.0}] * len(x))
+    wrong = Fake(label=lambda x: names[(x.argmax(axis=1) + 1) % 3], scores=lambda x: [{"cat": 1.0}] * len(x))
+    found = find_metric(None, data(SCORES), named)
+    assert found.name == "agreement"
+    assert score(named, metric=found, reference=named).value == 1
+    assert score(wrong, metric=found, reference=named).value == 0
+
+
 def test_agreement_refuses_what_is_no_class_or_ambiguous():
     with pytest.raises(RecipeError, match="looks like class scores"):
         score(Fake(y=lambda x: x[:, :1]), metric="agreement", reference=Fake(y=lambda x: x[:, :1]))
