@@ -110,5 +110,17 @@ def test_accuracy_is_the_one_in_the_readme(session, evaluation):
     assert accuracy >= 0.915
 
 
+def test_network_has_channels_to_spare(model):
+    weights = {weight.name: onnx.numpy_helper.to_array(weight) for weight in model.graph.initializer}
+    silent = [int((weights[f"stage{stage}.bn1.weight"] == 0).sum()) for stage in (1, 2, 3)]
+    assert all(count >= 8 for count in silent), silent
+
+
+def test_no_weight_is_so_small_that_its_quantization_scale_vanishes(model):
+    for weight in model.graph.initializer:
+        values = np.abs(onnx.numpy_helper.to_array(weight))
+        assert not np.any((values > 0) & (values < 1e-12)), weight.name
+
+
 def test_files_are_small():
     assert sum(path.stat().st_size for path in (MODEL, CALIBRATION, EVALUATION)) < SIZE_LIMIT
