@@ -206,7 +206,8 @@ class PassRunner:
         if pass_.lossless or score is None or self.original_score is None:
             return _Finding("kept", "the outputs are as they were", checks, score)
         lost = drop(self.original_score, score)
-        reason = f"{score.metric} {score.value:.4g}, {lost:.4g} below the original's, budget {self.budget:g}"
+        side = "below" if lost >= 0 else "above"
+        reason = f"{score.metric} {score.value:.4g}, {abs(lost):.4g} {side} the original's; budget {self.budget:g}"
         # A score is a count over samples: 0.95 - 0.94 must not miss 0.01 by the last bit of a float.
         return _Finding("kept" if lost <= self.budget + 1e-9 else "rolled back", reason, checks, score)
 

@@ -73,6 +73,10 @@ def chain_code(chain: Chain, low: float, high: float) -> TensorCode:
     return TensorCode(Code(float(np.float32(scale / chain.a)), zero), read)
 
 
+# Weights below this, all but subnormal, would have a scale that vanishes in the scale of the int32 bias.
+_DEAD = 1e-30
+
+
 def quantize_weight(
     weight: NDArray[np.float32], axis: int | None, limit: int = 127, floor: FloatArray | float = 0.0
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -83,7 +87,7 @@ def quantize_weight(
     others = None if axis is None else tuple(index for index in range(weight.ndim) if index != axis)
     largest = np.abs(weight).max(axis=others)
     least = floor if axis is not None else np.max(floor)
-    scale = np.asarray(np.maximum(np.where(largest > 0, largest / limit, 1.0), least), np.float32)
+    scale = np.asarray(np.maximum(np.where(largest > _DEAD, largest / limit, 1.0), least), np.float32)
     shaped = scale if axis is None else scale.reshape([-1 if index == axis else 1 for index in range(weight.ndim)])
     return np.clip(np.rint(weight / shaped), -limit, limit).astype(np.int8), scale
 

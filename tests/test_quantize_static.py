@@ -637,3 +637,12 @@ def test_model_without_weights_says_so():
     assert "no Conv, Gemm or MatMul" in whys(outcome)
     assert model.to_proto() == proto
     assert not QuantizeStatic().run(load(proto), Context()).modified
+
+
+@pytest.mark.filterwarnings("error")
+def test_subnormal_weights_are_dead_and_keep_a_usable_scale():
+    weight = np.ones((2, 8), np.float32)
+    weight[0] = 4e-43
+    codes, scale = quantize_weight(weight, 0, floor=1e-51)
+    assert (codes[0] == 0).all() and (codes[1] == 127).all()
+    assert (scale * np.float32(1e-3) > 0).all()
