@@ -81,13 +81,18 @@ def inspect_model(
     prospects = []
     for kind in PASSES.values():
         if kind.needs_calibration and dataset is None:
-            prospects.append(PassProspect(name=kind.name, changes={}, refusals={}, note="not tried: needs --data"))
+            note = "not tried: needs --data" if data is None else "not tried: the model does not run"
+            prospects.append(PassProspect(name=kind.name, changes={}, refusals={}, note=note))
             continue
         candidate = model.copy()
         try:
             outcome = kind().run(candidate, Context(calibration=dataset, teacher=model, shapes=shapes or {}))
         except SlimError as error:
             prospects.append(PassProspect(name=kind.name, changes={}, refusals={}, note=str(error)))
+            continue
+        except Exception as error:  # as in optimize: a fault of one pass must not hide what the others can do
+            note = f"failed: {type(error).__name__}: {error}"
+            prospects.append(PassProspect(name=kind.name, changes={}, refusals={}, note=note))
             continue
         prospects.append(
             PassProspect(
