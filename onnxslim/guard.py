@@ -383,7 +383,7 @@ def _shapes(feed: Feed) -> str:
 
 def _free_axes(model: Model) -> dict[str, frozenset[int]]:
     """Output -> axes that are declared dynamic and are no dimension of an input."""
-    tied = {dim for tensor in model.graph.inputs for dim in (tensor.shape or ()) if isinstance(dim, str) and dim != "?"}
+    tied = {dim for tensor in model.graph.inputs for dim in (tensor.shape or ()) if isinstance(dim, str)}
     return {
         tensor.name: frozenset(
             axis for axis, dim in enumerate(tensor.shape or ()) if not isinstance(dim, int) and dim not in tied

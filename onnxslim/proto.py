@@ -31,6 +31,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnxslim.errors import ModelError
 
 __all__ = [
+    "NO_SYMBOLS",
     "ExternalFile",
     "TensorSource",
     "TensorWriter",
@@ -43,6 +44,9 @@ __all__ = [
     "inline_tensor",
     "tensor_nbytes",
 ]
+
+NO_SYMBOLS = frozenset({"", "?", "-1", "None"})
+"""What exporters write for a size that they do not know; two axes with such a name need not be equal."""
 
 _GRAPH_FIELDS = frozenset({"node", "input", "output", "initializer", "sparse_initializer", "value_info", "name"})
 _NODE_FIELDS = frozenset({"input", "output", "attribute", "op_type", "name", "domain"})
@@ -233,7 +237,7 @@ def declared_type(info: onnx.ValueInfoProto) -> tuple[np.dtype | None, list[int 
         if which == "dim_value":
             shape.append(dim.dim_value if dim.dim_value >= 0 else None)  # Paddle writes -1 for "any size"
         else:
-            shape.append(dim.dim_param or None)
+            shape.append(None if dim.dim_param in NO_SYMBOLS else dim.dim_param)
     return dtype, shape
 
 

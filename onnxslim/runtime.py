@@ -27,6 +27,7 @@ from google.protobuf.message import DecodeError, EncodeError
 
 from onnxslim.errors import ModelError
 from onnxslim.model import Model, load
+from onnxslim.proto import NO_SYMBOLS
 from onnxslim.record import Latency
 
 __all__ = [
@@ -324,8 +325,7 @@ def _spec(argument: Any, ranks: dict[str, bool], *, optional: bool = False) -> T
         dtype = np.dtype(getattr(ml_dtypes, element.replace("float8e", "float8_e"), np.void))
     shape: list[int | str | None] | None = None
     if argument.shape or ranks.get(argument.name, False):
-        # Paddle writes "?" for every dimension that it does not know; a name that means nothing ties nothing.
-        shape = [None if dim in ("?", "") or (isinstance(dim, int) and dim < 0) else dim for dim in argument.shape]
+        shape = [None if dim in NO_SYMBOLS or (isinstance(dim, int) and dim < 0) else dim for dim in argument.shape]
     return TensorSpec(argument.name, dtype, shape, kind, optional)
 
 

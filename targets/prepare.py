@@ -19,14 +19,11 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from onnxslim.errors import TargetError
 from onnxslim.model import Model, load
+from onnxslim.proto import NO_SYMBOLS
 
 __all__ = ["Prepared", "Tensor", "as_proto", "nested_graphs", "node_label", "opset_of", "prepare"]
 
 Dim = int | str
-
-# What exporters write for an axis of unknown size; two axes with such a name need not be equal.
-_NO_SYMBOL = frozenset({"", "?", "-1", "None"})
-
 
 @dataclass(frozen=True)
 class Tensor:
@@ -285,7 +282,7 @@ def _bind_symbols(inputs: dict[str, ValueInfoProto], shapes: dict[str, list[int]
                 raise TargetError(
                     f"[shapes] {name} = {wanted}: axis {axis} is {dim.dim_value} in the model, not {size}."
                 )
-            if dim.dim_param not in _NO_SYMBOL and symbols.setdefault(dim.dim_param, size) != size:
+            if dim.dim_param not in NO_SYMBOLS and symbols.setdefault(dim.dim_param, size) != size:
                 raise TargetError(
                     f"[shapes] {name} = {wanted}: axis {axis} is {dim.dim_param!r}, "
                     f"which is {symbols[dim.dim_param]} elsewhere."
@@ -308,7 +305,7 @@ def _set_shape(
         if dim.dim_param in symbols:
             dim.dim_value = symbols[dim.dim_param]
         elif dim.WhichOneof("value") != "dim_value" or dim.dim_value < 0:
-            symbol = f"{value.name}_{axis}" if dim.dim_param in _NO_SYMBOL else dim.dim_param
+            symbol = f"{value.name}_{axis}" if dim.dim_param in NO_SYMBOLS else dim.dim_param
             if symbol not in variables:
                 # "2*n" is a name in ONNX; in TVM it would be arithmetic.
                 plain = re.sub(r"\W", "_", symbol, flags=re.ASCII)

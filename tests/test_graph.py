@@ -2,9 +2,11 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
+import onnxslim
 from onnxslim import RecipeError, load
 from onnxslim.graph.cost import layer_costs, node_count, op_histogram, parameter_count, total_macs
 from onnxslim.graph.shapes import infer_shapes
@@ -179,3 +181,31 @@ def test_weights_count_where_they_are_used_however_they_are_packed():
         proto.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
     layers = layer_costs(load(proto))
     assert [(layer.op, layer.parameters, layer.bytes, layer.macs) for layer in layers] == [("MatMul", 34, 37, 32)]
+
+
+@pytest.mark.parametrize("nothing", ["None", "?", "-1", ""])
+def test_a_name_that_means_nothing_ties_no_axes(nothing):
+    """Two axes that an exporter calls "None" need not be equal, so swapping them is no no-op."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[a, b] x) => (float[c, d] y)
+    {
+        shape = Shape (x)
+        first = Constant <value_ints = [0]> ()
+        second = Constant <value_ints = [1]> ()
+        height = Gather (shape, first)
+        width = Gather (shape, second)
+        swapped = Concat <axis = 0> (width, height)
+        y = Reshape (x, swapped)
+    }
+    """
+    proto = parser.parse_model(text)
+    for dim in proto.graph.input[0].type.tensor_type.shape.dim:
+        dim.dim_param = nothing
+    model = load(proto)
+    assert infer_shapes(model).shape(model.graph.inputs[0]) == [None, None]
+    slimmed = onnxslim.slim(proto, model_check=False)
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    session = onnxruntime.InferenceSession(slimmed.SerializeToString())
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], x.reshape(3, 2))
+    assert load(proto).to_proto().graph.input == proto.graph.input
