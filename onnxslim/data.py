@@ -647,13 +647,17 @@ def _check_dims(where: str, shape: Sequence[int], spec: TensorSpec, whole: Seque
 
 
 def _check_values(dataset: Dataset) -> None:
-    """Refuse NaN and infinity, and data without a single value. Reads everything once."""
+    """Refuse NaN and infinity, and feeds without a single value. Reads everything once.
+
+    One empty input beside others is data: what a decoder remembers before its first step.
+    """
     for index, (where, feed) in enumerate(dataset._source.feeds()):
         if index >= len(dataset):
             return
+        if feed and not any(value.size for value in feed.values()):
+            shapes = ", ".join(f"{name!r} {list(value.shape)}" for name, value in feed.items())
+            raise DataError(f"{where} holds no values: {shapes}.")
         for name, value in feed.items():
-            if not value.size:
-                raise DataError(f"{where}: {name!r} has shape {list(value.shape)}: it holds no values.")
             if value.dtype.kind == "O" and not all(isinstance(item, (str, bytes)) for item in value.reshape(-1)):
                 raise DataError(f"{where}: {name!r} holds Python objects that are not strings.")
             if value.dtype.kind in "fcV" and not _finite(value):
@@ -725,7 +729,7 @@ def random_feeds(
 def resized_feeds(feed: Feed, inputs: Sequence[TensorSpec], sizes: Sequence[int] = ()) -> Iterator[Feed]:
     """Make feeds of other sizes out of one that is known to run: each dynamic axis longer by one, doubled and halved.
 
-    Dimensions of one name change together; values repeat where an axis grows.
+    Dimensions of one name change together; values repeat where an axis grows, zeros fill one that was empty.
 
     Args:
         feed: an inference that runs.
@@ -746,9 +750,18 @@ def resized_feeds(feed: Feed, inputs: Sequence[TensorSpec], sizes: Sequence[int]
                 continue
             resized = dict(feed)
             for other, position in places:
-                resized[other] = np.take(resized[other], np.arange(new) % old, axis=position)
+                resized[other] = _repeated(resized[other], new, position)
             if sum(value.size for value in resized.values()) <= _MAX_ELEMENTS:
                 yield resized
+
+
+def _repeated(value: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """A tensor with ``size`` along an axis: its own slices over and over, or zeros where it has none."""
+    old = value.shape[axis]
+    if old:
+        return np.asarray(np.take(value, np.arange(size) % old, axis=axis))
+    shape = (*value.shape[:axis], size, *value.shape[axis + 1 :])
+    return np.full(shape, "", object) if value.dtype.kind == "O" else np.zeros(shape, value.dtype)
 
 
 def _axis_key(spec: TensorSpec, axis: int) -> str:

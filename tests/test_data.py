@@ -399,3 +399,12 @@ def test_resized_feeds_change_one_axis_everywhere_it_is():
     longer = next(one for one in resized if one["b"].shape[0] == 7)
     np.testing.assert_array_equal(longer["b"][6], feed["b"][0])
     assert (2, 50) in {one["a"].shape for one in resized_feeds(feed, specs, [50])}
+
+
+def test_an_empty_input_beside_others_is_data():
+    specs = [spec("ids", (1, "T"), "int64"), spec("past", (1, "P", 2))]
+    feed = {"ids": np.ones((1, 3), np.int64), "past": floats(1, 0, 2)}
+    assert len(open_dataset([feed, feed], specs)) == 2
+    assert {one["past"].shape for one in resized_feeds(feed, specs)} == {(1, 0, 2), (1, 1, 2)}
+    with pytest.raises(DataError, match="holds no values: 'past'"):
+        open_dataset([{"past": feed["past"]}], specs[1:])
