@@ -217,7 +217,8 @@ def find_metric(metric: str | ScoreFunction | None, dataset: Dataset, model: Run
             continue
         return found
     what = f"these outputs ({', '.join(outputs)})" if dataset.labels is None else "these labels and outputs"
-    raise RecipeError(f"{dataset.path}: no built-in metric fits {what}; name one, such as metric = 'module:function'.")
+    example = f"agreement@{discrete[0]}" if dataset.labels is None and discrete else "module:function"
+    raise RecipeError(f"{dataset.path}: no built-in metric fits {what}; name one, such as metric = {example!r}.")
 
 
 def _require_labels(metric: Metric, dataset: Dataset) -> None:

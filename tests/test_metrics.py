@@ -167,6 +167,12 @@ def test_agreement_on_labels_that_are_strings():
     assert score(wrong, metric=found, reference=named).value == 0
 
 
+def test_two_integer_outputs_and_no_metric_name_one_to_choose():
+    two = Fake(index=lambda x: x.argmax(axis=1), box=lambda x: x.argmin(axis=1))
+    with pytest.raises(RecipeError, match="metric = 'agreement@index'"):
+        find_metric(None, data(SCORES), two)
+
+
 def test_agreement_refuses_what_is_no_class_or_ambiguous():
     with pytest.raises(RecipeError, match="looks like class scores"):
         score(Fake(y=lambda x: x[:, :1]), metric="agreement", reference=Fake(y=lambda x: x[:, :1]))
