@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,7 +60,8 @@ def _pass_table(text: str) -> dict[str, Any]:
     """Read ``prune-channels:ratio=0.3,multiple_of=16``; values are JSON where they parse as such."""
     name, _, options = text.partition(":")
     table: dict[str, Any] = {"name": name}
-    for part in filter(None, options.split(",")):
+    # A comma inside of brackets belongs to a list.
+    for part in filter(None, re.split(r",(?![^\[]*\])", options)):
         key, separator, value = part.partition("=")
         if not separator:
             raise RecipeError(f"--pass {text}: write options as NAME:option=value,option=value.")

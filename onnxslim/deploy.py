@@ -66,7 +66,9 @@ def deploy(
         compile_seconds=bundle.compile_seconds,
         notes=[*bundle.manifest.notes, *_open_axes(bundle)],
     )
-    fitting = [feed for feed in feeds if _fits(feed, bundle)]
+    # An input with a default of its own is compiled in; both runtimes then take the default.
+    taken = {spec.name for spec in bundle.manifest.inputs}
+    fitting = [{name: feed[name] for name in feed if name in taken} for feed in feeds if _fits(feed, bundle)]
     if not fitting:
         return entry.model_copy(update={"reason": "there is no sample of the sizes that it was compiled for"})
     check = verify(bundle, model_path, fitting)

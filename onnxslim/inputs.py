@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +15,10 @@ import numpy as np
 import onnx
 
 from onnxslim.data import Dataset, open_dataset, random_feeds
-from onnxslim.errors import ModelError, OutputError, RecipeError
+from onnxslim.errors import DataError, ModelError, OutputError, RecipeError
 from onnxslim.graph.shapes import input_shape
 from onnxslim.metrics import Metric, find_metric
-from onnxslim.model import Model, file_sha256, load
+from onnxslim.model import Model, check_not_input, file_sha256, load
 from onnxslim.passes import Pass, make_pass
 from onnxslim.recipe import Lock, Recipe
 from onnxslim.runtime import Feed, Session
@@ -25,6 +28,9 @@ from onnxslim.targets import Target, find_target
 __all__ = ["Inputs", "open_inputs"]
 
 _MAX_AGREEMENT_SAMPLES = 256
+# These have a unit of the model's own, so no loss of theirs is small by itself.
+_NO_DEFAULT_BUDGET = frozenset({"negative-mae", "negative-mse", "sqnr"})
+_MADE_UP_FEEDS = 16
 
 
 @dataclass
@@ -60,6 +66,18 @@ class Inputs:
     not_measured: list[str] = field(default_factory=list)
 
     @property
+    def metric_key(self) -> str | None:
+        """What the scores of an earlier run must have been made with to be taken: for a function, the very code."""
+        if self.metric is None or self.metric.function is None:
+            return self.metric.name if self.metric else None
+        name = self.metric.name
+        source = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+        if self.recipe.data.metric == name and source is not None:
+            return name + hashlib.sha256(Path(source).read_bytes()).hexdigest()
+        # A lambda or a closure: nothing tells whether it still computes the same.
+        return f"{name} {uuid.uuid4()}"
+
+    @property
     def data_hashes(self) -> list[str | None]:
         """Content hashes of calibration and evaluation data."""
         return [data.sha256 if data is not None else None for data in (self.calibration, self.evaluation)]
@@ -92,32 +110,48 @@ def open_inputs(
     passes = [make_pass(table["name"], {k: v for k, v in table.items() if k != "name"}) for table in recipe.passes]
     targets = [find_target(options.name) for options in recipe.targets]
     original = load(source)
-    _check_output(folder, original.path)
+    _check_output(folder)
+    check_not_input(original, folder / "model.onnx")
     session = Session(original if original.path is None else original.path)
     inputs = Inputs(recipe, original, session, passes, targets)
     _check_shapes(inputs)
-    inputs.calibration = _open_data(inputs, calibration or recipe.data.calibration, "calibration")
+    chosen = recipe.data.calibration if calibration is None else calibration
+    inputs.calibration = _open_data(inputs, chosen, "calibration")
     if inputs.calibration is not None:
         inputs.calibration.labels = None  # lossy passes never see any
-    inputs.evaluation = _open_data(inputs, evaluation or recipe.data.evaluation, "evaluation", labels)
+    chosen = recipe.data.evaluation if evaluation is None else evaluation
+    inputs.evaluation = _open_data(inputs, chosen, "evaluation", labels)
     if recipe.lock is not None:
         _check_lock(inputs, recipe.lock)
     inputs.scored = inputs.evaluation
     if inputs.scored is None and inputs.calibration is not None:
         inputs.scored = inputs.calibration.take(_MAX_AGREEMENT_SAMPLES)
     if inputs.scored is not None:
-        inputs.metric = find_metric(score or recipe.data.metric, inputs.scored, session)
+        _choose_metric(inputs, score)
     _check_needs(inputs)
     inputs.feed = _one_feed(inputs)
     return inputs
 
 
-def _check_output(folder: Path, source: Path | None) -> None:
-    """Refuse an output folder that cannot be one, or in which writing would touch the input."""
+def _choose_metric(inputs: Inputs, score: Callable[..., Any] | None) -> None:
+    """Find the metric; where none fits and nobody asked for a score, there is none."""
+    assert inputs.scored is not None
+    goals = inputs.recipe.goals
+    asked = score or inputs.recipe.data.metric
+    needed = asked or goals.max_accuracy_drop is not None or goals.min_accuracy is not None
+    try:
+        inputs.metric = find_metric(asked, inputs.scored, inputs.session)
+    except (DataError, RecipeError) as error:
+        if needed or not all(pass_.lossless for pass_ in inputs.passes):
+            raise
+        inputs.scored = None
+        inputs.not_measured.append(f"accuracy: {error}")
+
+
+def _check_output(folder: Path) -> None:
+    """Refuse an output folder that cannot be one."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file; the output of optimize is a folder.")
-    if source is not None and (folder / "model.onnx").resolve() == source.resolve():
-        raise OutputError(f"{folder}: the result would replace the input {source}; choose another folder.")
     existing = folder.resolve()
     while not existing.exists():
         existing = existing.parent
@@ -170,6 +204,13 @@ def _check_needs(inputs: Inputs) -> None:
                 f"pass {pass_.name} may lose accuracy, and without data nobody could tell how much: "
                 "give calibration or evaluation data."
             )
+    if recipe.goals.max_accuracy_drop is None and inputs.metric is not None:
+        lossy = [pass_.name for pass_ in inputs.passes if not pass_.lossless]
+        if lossy and inputs.metric.name.partition("@")[0] in _NO_DEFAULT_BUDGET:
+            raise RecipeError(
+                f"pass {lossy[0]} may lose accuracy, and only you know how much {inputs.metric.name} is too much: "
+                "give the goal max_accuracy_drop."
+            )
     for goal in ("max_accuracy_drop", "min_accuracy"):
         if getattr(recipe.goals, goal) is not None and inputs.scored is None:
             raise RecipeError(f"goal {goal} cannot be measured without data: give evaluation or calibration data.")
@@ -181,11 +222,16 @@ def _one_feed(inputs: Inputs) -> Feed | None:
         if dataset is not None:
             return next(iter(dataset))
     specs = list(inputs.session.inputs.values())
-    for feed in random_feeds(specs, fixed=inputs.recipe.shapes, seed=inputs.recipe.seed, count=1):
-        try:
-            inputs.session.run(feed)
-        except ModelError as error:
-            inputs.not_measured.append(f"latency and memory: the model does not run on made-up inputs ({error})")
-            return None
-        return feed
+    why = "no inputs can be made up"
+    try:
+        for feed in random_feeds(specs, fixed=inputs.recipe.shapes, seed=inputs.recipe.seed, count=_MADE_UP_FEEDS):
+            try:
+                inputs.session.run(feed)
+            except ModelError as error:
+                why = f"the model does not run on made-up inputs ({error})"
+                continue
+            return feed
+    except DataError as error:  # a sequence, say
+        why = str(error)
+    inputs.not_measured.append(f"latency and memory: {why}")
     return None

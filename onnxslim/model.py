@@ -30,7 +30,7 @@ from onnxslim.proto import (
     tensor_nbytes,
 )
 
-__all__ = ["Model", "atomic_write", "external_files", "file_sha256", "load", "size_on_disk"]
+__all__ = ["Model", "atomic_write", "check_not_input", "external_files", "file_sha256", "load", "size_on_disk"]
 
 # protobuf refuses to serialise or parse a message of 2 GiB or more; the rest of the file must fit as well.
 _SINGLE_FILE_LIMIT = 2**31 - 2**24
@@ -358,6 +358,20 @@ def _external_finder(model_path: Path) -> Callable[[TensorProto], TensorSource]:
 # ------------------------------------------------------------------------------------------------- files on the disk
 
 
+def check_not_input(model: Model, output: Path) -> None:
+    """Refuse to write a result, or the weights beside it, over a file that the model was read from.
+
+    Raises:
+        OutputError: it would.
+    """
+    if model.path is None:
+        return
+    read = {file.resolve() for file in (model.path, *external_files(model.path))}
+    for file in (output, output.with_name(output.name + ".data")):
+        if file.resolve() in read:
+            raise OutputError(f"{output}: is the input, or holds its weights; choose another name for the result.")
+
+
 def external_files(path: Path) -> list[Path]:
     """The files beside a model in which its external weights lie, each once, sorted.
 
@@ -373,9 +387,9 @@ def size_on_disk(path: Path) -> int:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hex; for a model with external data, of the model file and then those files."""
+    """SHA-256 of a model, as hex: of its file and then of the files with its external data."""
     digest = hashlib.sha256()
-    for part in (path, *external_files(path)) if path.suffix == ".onnx" else (path,):
+    for part in (path, *external_files(path)):
         with part.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

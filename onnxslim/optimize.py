@@ -29,7 +29,7 @@ from onnxslim.recipe import Goals, Lock, Recipe, make_recipe, write_lock
 from onnxslim.record import DataEntry, LayerError, PassEntry, Record, Snapshot, TargetEntry
 from onnxslim.runtime import Feed, environment, peak_memory
 from onnxslim.stages import StageCache, content_key, tool_fingerprint
-from onnxslim.targets import Target
+from onnxslim.targets import Target, find_target
 
 __all__ = ["Progress", "Run", "optimize"]
 
@@ -264,7 +264,7 @@ class _Job:
             key = content_key(
                 model=file_sha256(path),
                 data=self.inputs.data_hashes,
-                metric=self.inputs.metric.name if self.inputs.metric else None,
+                metric=self.inputs.metric_key,
                 seed=self.recipe.seed,
                 shapes=self.recipe.shapes,
                 budget=self.runner.budget,
@@ -290,7 +290,8 @@ class _Job:
     def _snapshots(self, original: Stage, final: Stage) -> tuple[Snapshot, Snapshot]:
         """Measure the original and the written result side by side, or take that from an earlier run."""
         files = (original.path, self.result)
-        key = content_key(pair=[file_sha256(path) for path in files], stage=final.key, threads=self.threads)
+        hashes = [file_sha256(path) for path in files]
+        key = content_key(pair=hashes, stage=final.key, threads=self.threads, machine=_this_machine())
         cached = self.cache.get(key, _Pair)
         if cached is not None:
             return cached[0].before, cached[0].after
@@ -318,10 +319,15 @@ class _Job:
         folder = self.folder / "targets" / target.name
         sha256 = file_sha256(self.result)
         key = content_key(
-            target=target.model_dump(mode="json"), model=sha256, shapes=shapes, stage=stage.key, threads=self.threads
+            target=target.model_dump(mode="json"),
+            model=sha256,
+            shapes=shapes,
+            stage=stage.key,
+            threads=self.threads,
+            machine=_this_machine(),
         )
         cached = self.cache.get(key, TargetEntry)
-        if cached is not None and (cached[0].bundle is None or _holds(folder, sha256, shapes)):
+        if cached is not None and _holds(folder, sha256, shapes):
             return cached[0]
         shutil.rmtree(folder, ignore_errors=True)  # what an earlier run compiled is not of this model
         feeds: list[Feed] = [] if self.inputs.feed is None else [self.inputs.feed]
@@ -329,11 +335,13 @@ class _Job:
             feeds = list(self.inputs.scored.take(_VERIFY_FEEDS))
         try:
             entry = deploy(self.result, target, shapes=shapes, output=folder, feeds=feeds, threads=self.threads)
-        except TargetError as error:
-            entry = TargetEntry(name=target.name, description=target.description, status="failed", reason=str(error))
+        except Exception as error:  # one target must not cost the run; the record names what happened
+            reason = str(error) if isinstance(error, SlimError) else f"{type(error).__name__}: {error}"
+            shutil.rmtree(folder, ignore_errors=True)
+            entry = TargetEntry(name=target.name, description=target.description, status="failed", reason=reason)
         bundle = f"targets/{target.name}" if entry.bundle is not None else None
         entry = entry.model_copy(update={"notes": [*notes, *entry.notes], "bundle": bundle})
-        if entry.status != "failed":
+        if entry.status == "verified":  # whatever else may turn out otherwise once something has been installed
             with self.cache.workspace() as workspace:
                 self.cache.put(key, entry, workspace)
         return entry
@@ -356,7 +364,11 @@ class _Job:
     def _layer_errors(self, result: Model) -> list[LayerError]:
         if self.inputs.scored is None or all(pass_.lossless for pass_ in self.inputs.passes):
             return []
-        return layer_errors(self.inputs.original, result, self.inputs.scored.take(_LAYER_ERROR_FEEDS))
+        try:
+            return layer_errors(self.inputs.original, result, self.inputs.scored.take(_LAYER_ERROR_FEEDS))
+        except SlimError as error:
+            self.inputs.not_measured.append(f"error by layer: {error}")
+            return []
 
     def _data_entries(self) -> list[DataEntry]:
         roles: list[tuple[Literal["calibration", "evaluation"], Dataset | None]] = [
@@ -371,9 +383,14 @@ class _Job:
 
     def _not_measured(self, after: Snapshot, targets: list[TargetEntry], errors: list[LayerError]) -> list[str]:
         missing = list(self.inputs.not_measured)
-        if after.score is None:
+        if after.score is None and not any(line.startswith("accuracy") for line in missing):
             missing.append("accuracy: there is no evaluation data")
-        elif not after.score.labelled and self.inputs.metric is not None and self.inputs.metric.needs_labels is False:
+        elif (
+            after.score is not None
+            and not after.score.labelled
+            and self.inputs.metric is not None
+            and self.inputs.metric.needs_labels is False
+        ):
             where = "" if self.inputs.evaluation is not None else ", over the very samples that passes calibrate on"
             missing.append(f"accuracy against labels: the score is likeness to the original model{where}")
         if not errors:
@@ -452,6 +469,11 @@ def _slower(after: Snapshot) -> list[str]:
         f"the result takes {after.latency.ratio:.2f} of the original's time in ONNX Runtime on this machine: "
         "smaller, but not faster."
     ]
+
+
+def _this_machine() -> dict[str, Any]:
+    """What a latency holds for: measured elsewhere, it is not taken."""
+    return find_target("native").model_dump(mode="json")
 
 
 def _cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from onnxslim.data import Dataset
+from onnxslim.errors import OutputError, SlimError
 from onnxslim.graph.cost import node_count, parameter_count
 from onnxslim.guard import check_lossless, check_runs
 from onnxslim.metrics import Metric, drop, evaluate
@@ -132,7 +134,7 @@ class PassRunner:
             weaker = attempt.weaker()
             if entry.status != "rolled back" or attempt.lossless or weaker is None:
                 break
-            digest = file_sha256(path)
+            digest = file_sha256(path) if path.is_file() else ""
             if digest in made:  # what is weaker makes the same file: there is nothing left to weaken
                 break
             made.add(digest)
@@ -164,12 +166,11 @@ class PassRunner:
             self.warnings.append(f"pass {pass_.name} failed and was left out: {finding.reason}")
         else:
             if outcome.modified:
-                result.save(path)
-                finding = self._judge(stage, pass_, result, path)
+                finding = self._save_and_judge(stage, pass_, result, path)
             else:
                 reason = outcome.refusals[0].why if outcome.refusals else "found nothing to do"
                 finding = _Finding("no change", reason, score=stage.score)
-        made = finding.status in ("kept", "rolled back")
+        made = finding.status in ("kept", "rolled back") and path.is_file()
         after = result if made else stage.model
         return PassEntry(
             name=pass_.name,
@@ -180,7 +181,7 @@ class PassRunner:
             seconds=time.perf_counter() - started,
             changes=[vars(change) for change in outcome.changes],
             refusals=[vars(refusal) for refusal in outcome.refusals],
-            numbers=outcome.numbers,
+            numbers={name: value for name, value in outcome.numbers.items() if math.isfinite(value)},
             checks=finding.checks,
             size_before=size_on_disk(stage.path),
             size_after=size_on_disk(path if made else stage.path),
@@ -191,6 +192,17 @@ class PassRunner:
             score_before=stage.score,
             score_after=finding.score,
         )
+
+    def _save_and_judge(self, stage: Stage, pass_: Pass, result: Model, path: Path) -> _Finding:
+        """Write what a pass made and judge the file; a result that cannot be written, run or scored does not hold."""
+        try:
+            result.save(path)
+            return self._judge(stage, pass_, result, path)
+        except OutputError:
+            raise  # the disk is full, or the folder is gone: nothing that the pass did
+        except Exception as error:
+            reason = str(error) if isinstance(error, SlimError) else f"{type(error).__name__}: {error}"
+            return _Finding("rolled back", f"its result fails: {reason}")
 
     def _judge(self, stage: Stage, pass_: Pass, result: Model, path: Path) -> _Finding:
         """Guard what a pass made against the stage before it, and score the file against the original."""

@@ -309,6 +309,8 @@ class _Importer:
                 scope[tensor.name] = constant
                 initializers.append(constant)
         for sparse in proto.sparse_initializer:
+            if TensorProto.EXTERNAL in (sparse.values.data_location, sparse.indices.data_location):
+                raise ModelError(f"sparse initializer {sparse.values.name!r}: external data is not supported for it.")
             constant = _constant(sparse.values.name, TensorSource(sparse))
             if constant.name in overridable:
                 defaults[constant.name] = constant

@@ -314,9 +314,14 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def _replaceable(output: Path) -> bool:
+    """Whether a folder is empty, or a bundle and nothing else: a web page has a manifest.json too."""
     if output.is_symlink() or not output.is_dir():
         return False
-    return (output / MANIFEST).is_file() or not any(output.iterdir())
+    names = {file.name for file in output.iterdir()}
+    try:
+        return not names or names <= {MANIFEST, *_read_manifest(output).files}
+    except TargetError:
+        return False
 
 
 def _swap(stage: Path, output: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
 from onnxslim.errors import TargetError
 
@@ -48,6 +48,11 @@ class Target(BaseModel):
     runner: Literal["local", "qemu-aarch64"] = Field(
         default="local", description="what can run the library here when this machine's own processor cannot"
     )
+
+    @field_serializer("cpu_flags")
+    def _in_order(self, flags: frozenset[str]) -> list[str]:
+        # A set has another order in each process, and what is written must be the same for the same target.
+        return sorted(flags)
 
     @property
     def mcpu(self) -> str:

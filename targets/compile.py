@@ -39,7 +39,6 @@ def compile(
     *,
     shapes: dict[str, list[int]] | None = None,
     output: str | Path | None = None,
-    cache: str | Path | None = None,
 ) -> Bundle:
     """Compile ``model`` for ``target`` and write a bundle.
 
@@ -52,7 +51,6 @@ def compile(
         shapes: sizes of dynamic inputs, by input name. What stays open costs speed, and not every op can have it.
         output: folder to write, whole or not at all; a bundle that is there is replaced. Without it the bundle lives in
             a temporary folder as long as the returned object.
-        cache: folder in which finished bundles are kept, by what they are made of, and looked for.
 
     Raises:
         ModelError: the model cannot be read.
@@ -66,12 +64,7 @@ def compile(
         owner = tempfile.TemporaryDirectory(prefix="onnxslim-bundle-")
         output = Path(owner.name) / "bundle"
     output = Path(output)
-    entry = Path(cache) / _cache_key(digest, target, shapes) if cache is not None else None
-    if entry is None or not _restore(entry, output):
-        _build(model, target, shapes or {}, output, digest)
-        if entry is not None:
-            with bundles.new_folder(entry) as stage:
-                shutil.copytree(output, stage, dirs_exist_ok=True)
+    _build(model, target, shapes or {}, output, digest)
     bundle = Bundle.load(output)
     bundle._owner = owner
     return bundle
@@ -196,29 +189,9 @@ def _readme(manifest: Manifest, *, has_runtime: bool) -> str:
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- cache
-
-
 def _model_sha256(model: Model | ModelProto | str | Path) -> str:
     if isinstance(model, str | Path):
         path = Path(model)
         return file_sha256(path) if path.is_file() else ""
     proto = model.to_proto() if isinstance(model, Model) else model
     return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
-
-
-def _cache_key(digest: str, target: Target, shapes: dict[str, list[int]] | None) -> str:
-    runtime = bool(runtime_libraries(target.machine))
-    parts = [digest, target.model_dump(mode="json"), shapes or {}, PINS, runtime, _PIPELINE]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=sorted).encode()).hexdigest()[:32]
-
-
-def _restore(entry: Path, output: Path) -> bool:
-    """Copy a bundle out of the cache; False when it is not there or damaged."""
-    try:
-        Bundle.load(entry)
-    except TargetError:
-        return False
-    with bundles.new_folder(output) as stage:
-        shutil.copytree(entry, stage, dirs_exist_ok=True)
-    return True

@@ -25,6 +25,7 @@ __all__ = ["Prepared", "Tensor", "as_proto", "nested_graphs", "node_label", "ops
 
 Dim = int | str
 
+
 @dataclass(frozen=True)
 class Tensor:
     """One input or output: its name in the ONNX file, NumPy dtype name, and sizes; a string is an axis left open."""

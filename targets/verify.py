@@ -211,12 +211,11 @@ def _emulate(bundle: Bundle, feed: Mapping[str, np.ndarray]) -> dict[str, np.nda
         for index, array in enumerate(arrays):
             names.append(str(place / f"in{index}.npy"))
             np.save(names[-1], array)
-        done = subprocess.run(
-            [*command, str(bundle.path.resolve() / "run"), folder, folder, "--threads", "1", *names],
-            capture_output=True,
-            text=True,
-            timeout=_EMULATION_SECONDS,
-        )
+        line = [*command, str(bundle.path.resolve() / "run"), folder, folder, "--threads", "1", *names]
+        try:
+            done = subprocess.run(line, capture_output=True, text=True, timeout=_EMULATION_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise TargetError(f"under QEMU it takes longer than {_EMULATION_SECONDS} s and was stopped.") from None
         if done.returncode:
             lines = done.stderr.strip().splitlines()
             raise TargetError(f"under QEMU it fails: {lines[-1] if lines else f'exit status {done.returncode}'}")

@@ -131,7 +131,7 @@ def test_outputs_that_cannot_be(command, small, tmp_path):
     _refused(command("slim", model, model), "is the input")
     (tmp_path / "link.onnx").symlink_to(model)
     _refused(command("slim", model, tmp_path / "link.onnx"), "is the input")
-    _refused(command("optimize", model, "-o", tmp_path), "replace the input")
+    _refused(command("optimize", model, "-o", tmp_path), "is the input")
     _refused(command("optimize", model, "-o", model), "is a file")
     _refused(command("slim", model, tmp_path / "none" / "slim.onnx"), "does not exist")
     _refused(command("slim", model, tmp_path), "is a folder")

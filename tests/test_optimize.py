@@ -1,6 +1,7 @@
 """The main job: what it writes, what it keeps, what it undoes, how it resumes, what it says."""
 
 import json
+import os
 from typing import ClassVar
 
 import numpy as np
@@ -297,3 +298,93 @@ def test_illegal_arguments_are_recipe_errors(small, tmp_path):
         with pytest.raises(onnxslim.RecipeError):
             onnxslim.optimize(small / "model.onnx", output=tmp_path / "out", **wrong)
     assert not (tmp_path / "out").exists()
+
+
+class _Explode(Pass):
+    """Make a model that loads and fails on some feeds only."""
+
+    name: ClassVar[str] = "explode"
+    lossless: ClassVar[bool] = False
+
+    def run(self, model, context: Context) -> Outcome:
+        table = next(node for node in model.graph.nodes if node.op == "Gather").inputs[0]
+        table.values = table.values[:4]
+        outcome = Outcome(numbers={"share": float("inf")})
+        outcome.change("explode", table.name, "cut the table")
+        return outcome
+
+
+def test_a_result_that_fails_on_a_late_feed_is_undone(tmp_path, monkeypatch):
+    _register(monkeypatch, _Explode)
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (int64[N] i) => (float[N, 3] y) { y = Gather (table, i) }'
+    proto = onnx.parser.parse_model(text)
+    table = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(table, "table"))
+    indices = np.array([0, 1, 2, 3] * 10 + [9])
+    run = onnxslim.optimize(
+        proto, output=tmp_path / "out", passes=["explode"], evaluation={"i": indices}, goals={"max_accuracy_drop": 0.5}
+    )
+    entry = run.record.passes[0]
+    assert entry.status == "rolled back"
+    assert "Gather" in entry.reason
+    assert run.record.after.sha256 == run.record.before.sha256
+    assert Record.read(tmp_path / "out" / "record.json").passes[0].numbers == {}
+
+
+def test_scores_of_another_function_of_the_same_name_are_not_taken(small, tmp_path):
+    for value in (1.0, 0.25):
+        run = _optimize(small, tmp_path / "out", metric=lambda outputs, labels, value=value: value)
+        assert run.record.after.score.value == value
+
+
+def test_metrics_without_a_natural_budget_ask_for_one(small, tmp_path):
+    with pytest.raises(onnxslim.RecipeError, match="max_accuracy_drop"):
+        _optimize(small, tmp_path / "out", evaluation=None, metric="sqnr", goals=None)
+    run = _optimize(small, tmp_path / "out", evaluation=None, metric="sqnr", goals={"max_accuracy_drop": 90})
+    assert run.record.passes[-1].status == "kept"
+
+
+def test_lossless_passes_need_no_metric(tmp_path):
+    head = '<ir_version: 8, opset_import: ["" : 17]>'
+    text = head + " g (int64[N] i) => (int64[N] a, int64[N] b) { a = Neg (i) b = Abs (i) }"
+    proto = onnx.parser.parse_model(text)
+    run = onnxslim.optimize(proto, output=tmp_path / "out", passes=LOSSLESS, evaluation={"i": np.arange(4)})
+    assert run.record.after.score is None
+    assert any(line.startswith("accuracy") for line in run.record.not_measured)
+
+
+def test_a_finished_target_costs_nothing_in_another_process(small, tmp_path):
+    import subprocess
+    import sys
+
+    script = (
+        "import onnxslim, sys\n"
+        f"run = onnxslim.optimize({str(small / 'model.onnx')!r}, output={str(tmp_path / 'out')!r},"
+        " passes=['simplify'], targets=['x86-64-v2'])\n"
+        "print(run.record.targets[0].compile_seconds)\n"
+    )
+    seconds = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(seconds) == 1
+
+
+def test_weights_beside_the_input_are_never_written_over(small, tmp_path):
+    onnx.save(
+        onnx.load(small / "model.onnx"),
+        tmp_path / "m.onnx",
+        save_as_external_data=True,
+        location="w.bin",
+        size_threshold=0,
+    )
+    weights = (tmp_path / "w.bin").read_bytes()
+    with pytest.raises(onnxslim.OutputError, match="holds its weights"):
+        onnxslim.slim(tmp_path / "m.onnx", tmp_path / "w.bin")
+    assert (tmp_path / "w.bin").read_bytes() == weights

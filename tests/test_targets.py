@@ -314,17 +314,18 @@ def test_feed_is_made_contiguous_and_little_endian_checked(folder):
 
 
 def test_new_folder_replaces_bundles_only_and_leaves_nothing_behind(folder, tmp_path):
+    with pytest.raises(RuntimeError, match="boom"), new_folder(folder):
+        raise RuntimeError("boom")
+    Bundle.load(folder)
     with new_folder(folder) as stage:
         (stage / "manifest.json").write_text("{}")
     assert [file.name for file in folder.iterdir()] == ["manifest.json"]
-    with pytest.raises(RuntimeError, match="boom"), new_folder(folder):
-        raise RuntimeError("boom")
-    assert (folder / "manifest.json").read_text() == "{}"
     mine = tmp_path / "photos"
     mine.mkdir()
     (mine / "cat.jpg").write_bytes(b"")
-    with pytest.raises(OutputError, match="is not a bundle"), new_folder(mine):
-        pass
+    for other in (mine, folder):  # a manifest.json that is none of ours makes no bundle
+        with pytest.raises(OutputError, match="is not a bundle"), new_folder(other):
+            pass
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bundle", "photos"]
 
 

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
-from onnxslim.errors import DataError, TargetError
+from onnxslim.errors import DataError, OutputError, TargetError
 from onnxslim.targets import Bundle, compile, find_target, unsupported_ops, verify
 from onnxslim.targets.runtime_libs import runtime_libraries
 from onnxslim.targets.verify import emulator
@@ -348,18 +348,21 @@ def test_unknown_processor_is_refused():
         compile(conv_net(), odd)
 
 
-# -------------------------------------------------------------------------------------------------------------- cache
+# -------------------------------------------------------------------------------------------------------------- files
 
 
-def test_cache_gives_the_same_bundle_back_and_is_not_trusted_blindly(tmp_path):
+def test_the_manifest_pins_what_the_device_needs_and_only_a_bundle_is_replaced(tmp_path):
     text = '<ir_version: 8, opset_import: ["" : 13]> g (float[2] x) => (float[2] y) { y = Relu (x) }'
-    proto = parser.parse_model(text)
-    first = compile(proto, cache=tmp_path / "cache", output=tmp_path / "a")
-    entry = next((tmp_path / "cache").iterdir())
-    again = compile(proto, cache=tmp_path / "cache", output=tmp_path / "b")
-    assert again.manifest == first.manifest
-    (entry / "model.so").write_bytes(b"")
-    third = compile(proto, cache=tmp_path / "cache", output=tmp_path / "b")
-    assert third.run({"x": np.array([-1, 1], np.float32)})["y"].tolist() == [0, 1]
+    compile(parser.parse_model(text), output=tmp_path / "a")
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
     assert manifest["requires"] == {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
+    compile(parser.parse_model(text), output=tmp_path / "a")
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    page = tmp_path / "page"
+    page.mkdir()
+    (page / "manifest.json").write_text('{"name": "a web page"}')
+    for folder in (tmp_path / "a", page):
+        with pytest.raises(OutputError, match="not a bundle"):
+            compile(parser.parse_model(text), output=folder)
+    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
+    assert [file.name for file in page.iterdir()] == ["manifest.json"]
