@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from onnxslim.data import Dataset, open_dataset, random_feeds
 from onnxslim.errors import DataError, ModelError
 from onnxslim.graph.cost import node_count, op_histogram, parameter_count
+from onnxslim.graph.shapes import infer_shapes
 from onnxslim.guard import layer_errors, output_errors
 from onnxslim.model import load, size_on_disk
 from onnxslim.record import LayerError
@@ -32,7 +33,8 @@ class Comparison(BaseModel):
     """What tells two models apart.
 
     Attributes:
-        outputs: error of each output that both have, the first model being the reference.
+        outputs: error of each output that both have as numbers of one shape, the first model being the reference.
+        not_compared: outputs that only one has, or that differ in shape or type, or hold no numbers.
         layers: error of each inner tensor that both have by name, in graph order.
         only_a: names of nodes that only the first model has.
         only_b: names of nodes that only the second model has.
@@ -42,6 +44,7 @@ class Comparison(BaseModel):
     a: Side
     b: Side
     outputs: list[LayerError]
+    not_compared: list[str]
     layers: list[LayerError]
     only_a: list[str]
     only_b: list[str]
@@ -49,8 +52,8 @@ class Comparison(BaseModel):
 
     @property
     def equal(self) -> bool:
-        """Whether every output was the same to the last bit."""
-        return all(entry.max_abs_error == 0 for entry in self.outputs)
+        """Whether every output of either was compared and the same to the last bit."""
+        return not self.not_compared and all(entry.max_abs_error == 0 for entry in self.outputs)
 
 
 def compare(
@@ -84,7 +87,9 @@ def compare(
     if not feeds:
         raise DataError(f"{a}: does not run on made-up inputs; give --data.")
     names = [{node.name for graph in model.graphs() for node in graph.nodes if node.name} for model in models]
-    outputs = output_errors(session, Session(b), feeds)
+    infer_shapes(models[0], shapes)  # refuses sizes for inputs that are not there
+    other = Session(b)
+    outputs = output_errors(session, other, feeds)
     if not outputs:
         raise ModelError(
             f"{a} and {b} gave no numbers of the same output name and shape, so their results cannot be compared."
@@ -99,10 +104,14 @@ def compare(
         )
         for path, model in zip((a, b), models, strict=True)
     ]
+    compared = {entry.tensor for entry in outputs}
     return Comparison(
         a=sides[0],
         b=sides[1],
         outputs=outputs,
+        not_compared=[
+            name for name in dict.fromkeys([*session.output_names, *other.output_names]) if name not in compared
+        ],
         layers=layer_errors(*models, feeds),
         only_a=sorted(names[0] - names[1]),
         only_b=sorted(names[1] - names[0]),

@@ -202,6 +202,10 @@ def print_bench(console: Console, entries: list[BenchEntry]) -> None:
 def print_comparison(console: Console, found: Comparison) -> None:
     """The tables of ``compare``."""
     console.print(f"Over {escape(found.feeds)}: the outputs are {'equal' if found.equal else 'different'}.")
+    if found.not_compared:
+        console.print(
+            f"Not compared, as only one model has them or they differ in kind: {escape(', '.join(found.not_compared))}"
+        )
     for title, errors in (("Outputs", found.outputs), ("Inner tensors, in graph order", found.layers)):
         if not errors:
             continue

@@ -395,6 +395,8 @@ def _open_member(path: Path, info: zipfile.ZipInfo, stream: Any) -> _Array:
         raise DataError(
             f"{where} holds Python objects, which are never unpickled; save a plain array, or one file a feed."
         )
+    if min(shape, default=0) < 0:
+        raise DataError(f"{where} cannot be read (its shape is {shape}).")
     start = stream.tell()
     size = int(np.prod(shape, dtype=np.float64)) * dtype.itemsize
     if info.file_size != start + size:

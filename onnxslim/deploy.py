@@ -11,13 +11,16 @@ from onnxslim.data import random_feeds
 from onnxslim.errors import ModelError, TargetError
 from onnxslim.measure import shapes_of
 from onnxslim.model import load
-from onnxslim.record import Latency, TargetEntry
+from onnxslim.record import Latency, Score, TargetEntry
 from onnxslim.runtime import Feed, Session, Timing, interleaved_latency
 from onnxslim.targets import Bundle, Target, compile, find_target, runs_here, unsupported_ops, verify
 
-__all__ = ["deploy", "deploy_file", "time_bundle"]
+__all__ = ["Scorer", "deploy", "deploy_file", "time_bundle"]
 
 _MADE_UP_FEEDS = 3
+
+Scorer = Callable[[Bundle, float], tuple[Score | None, list[str]]]
+"""Takes a bundle and its milliseconds for one inference; returns its score, or why there is none."""
 
 _LATENCY_SECONDS = 15.0
 
@@ -30,6 +33,7 @@ def deploy(
     output: Path,
     feeds: Sequence[Feed],
     threads: int,
+    scorer: Scorer | None = None,
 ) -> TargetEntry:
     """Compile a model file into ``output`` and measure what can be measured here.
 
@@ -40,6 +44,7 @@ def deploy(
         output: folder of the bundle; replaced.
         feeds: samples to verify on; the first one is timed.
         threads: threads for both runtimes.
+        scorer: scores a bundle that runs here.
 
     Raises:
         TargetError: TVM cannot compile the model, for a reason other than an op that it lacks.
@@ -82,6 +87,9 @@ def deploy(
     if check.ok and runs_here(target):
         # What an emulator takes says nothing about the device, so only what runs natively is timed.
         found["latency"], found["reference_latency"] = time_bundle(bundle, model_path, fitting[0], threads)
+        if scorer is not None:
+            found["score"], why = scorer(bundle, found["latency"].median_ms)
+            entry.notes.extend(why)
     return entry.model_copy(update=found)
 
 

@@ -22,20 +22,22 @@ from onnxslim.goals import judge, summarize, verdict
 from onnxslim.guard import layer_errors
 from onnxslim.inputs import Inputs, open_inputs
 from onnxslim.measure import shapes_of, snapshot, time_pair
+from onnxslim.metrics import evaluate
 from onnxslim.model import Model, atomic_write, external_files, file_sha256, load
 from onnxslim.pass_runner import PassRunner, Stage
 from onnxslim.passes import Pass
 from onnxslim.recipe import Goals, Lock, Recipe, make_recipe, write_lock
-from onnxslim.record import DataEntry, LayerError, PassEntry, Record, Snapshot, TargetEntry
+from onnxslim.record import DataEntry, LayerError, PassEntry, Record, Score, Snapshot, TargetEntry
 from onnxslim.runtime import Feed, environment, peak_memory
 from onnxslim.stages import StageCache, content_key, tool_fingerprint
-from onnxslim.targets import Target, find_target
+from onnxslim.targets import Bundle, Target, find_target
 
 __all__ = ["Progress", "Run", "optimize"]
 
 _LATENCY_SECONDS = 10.0
 _LAYER_ERROR_FEEDS = 8
 _VERIFY_FEEDS = 8
+_SCORE_SECONDS = 60
 _SLOWER = 1.05  # below this a ratio of medians is noise
 
 Progress = Callable[[str, int, int], None]
@@ -334,7 +336,15 @@ class _Job:
         if self.inputs.scored is not None:
             feeds = list(self.inputs.scored.take(_VERIFY_FEEDS))
         try:
-            entry = deploy(self.result, target, shapes=shapes, output=folder, feeds=feeds, threads=self.threads)
+            entry = deploy(
+                self.result,
+                target,
+                shapes=shapes,
+                output=folder,
+                feeds=feeds,
+                threads=self.threads,
+                scorer=self._score_bundle,
+            )
         except Exception as error:  # one target must not cost the run; the record names what happened
             reason = str(error) if isinstance(error, SlimError) else f"{type(error).__name__}: {error}"
             shutil.rmtree(folder, ignore_errors=True)
@@ -345,6 +355,22 @@ class _Job:
             with self.cache.workspace() as workspace:
                 self.cache.put(key, entry, workspace)
         return entry
+
+    def _score_bundle(self, bundle: Bundle, milliseconds: float) -> tuple[Score | None, list[str]]:
+        """Score what was compiled as the model file was scored, where that takes no more than a minute or so."""
+        scored, metric = self.inputs.scored, self.inputs.metric
+        if scored is None or metric is None:
+            return None, []
+        if milliseconds * len(scored) > _SCORE_SECONDS * 1000:
+            return None, [f"not scored: {len(scored)} inferences would take more than {_SCORE_SECONDS} s"]
+
+        def tick(done: int, total: int) -> None:
+            self.progress("scoring what was compiled", done, total)
+
+        try:
+            return evaluate(bundle, scored, metric, reference=self.inputs.session, progress=tick), []
+        except SlimError as error:  # samples of other sizes than it was compiled for
+            return None, [f"not scored: {error}"]
 
     def _target_shapes(self) -> tuple[dict[str, list[int]], list[str]]:
         """The sizes to compile dynamic inputs for: those asked for, else those of the first sample of the data."""
@@ -453,8 +479,6 @@ class _Job:
 
 def _holds(folder: Path, model_sha256: str, shapes: dict[str, list[int]]) -> bool:
     """Whether a folder holds the bundle of this very model at these sizes, unharmed."""
-    from onnxslim.targets import Bundle
-
     try:
         manifest = Bundle.load(folder).manifest
     except TargetError:

@@ -39,7 +39,7 @@ class Simplify(Pass):
         """Rewrite ``model`` in place; see :class:`onnxslim.passes.base.Pass`."""
         outcome = Outcome()
         before = sum(len(graph.nodes) for graph in model.graphs())
-        hoisted = _hoist(model)
+        hoisted = hoist_constants(model)
         if hoisted:
             outcome.change("hoist-constants", "all graphs", f"made {hoisted} Constant nodes initializers")
         inline = _may_inline(model)
@@ -98,18 +98,6 @@ def _sweep(model: Model, outcome: Outcome, rules: tuple[Rule, ...]) -> None:
         if not merge_initializers(rewriter, outcome):
             break
     rewriter.finish()
-
-
-def _hoist(model: Model) -> int:
-    """Make Constant nodes initializers of the graph that they stood in, though only its bodies may read them."""
-    made = [(graph, [node.outputs[0] for node in graph.nodes if node.op == "Constant"]) for graph in model.graphs()]
-    hoisted = hoist_constants(model)
-    for graph, tensors in made:
-        constants = [tensor for tensor in tensors if isinstance(tensor, gs.Constant)]
-        if constants:
-            known = {id(tensor) for tensor in graph.initializers}
-            graph.initializers = [*graph.initializers, *(tensor for tensor in constants if id(tensor) not in known)]
-    return hoisted
 
 
 def _drop_unused_initializers(model: Model, outcome: Outcome) -> None:

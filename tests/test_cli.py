@@ -93,6 +93,13 @@ def test_compare_tells_equal_from_different(command, small, tmp_path):
     assert found["outputs"][0]["sqnr_db"] < 30
     _, out, _ = command("compare", model, tmp_path / "changed.onnx")
     assert "different" in out
+    extra = onnx.load(model)
+    extra.graph.output.append(onnx.helper.make_tensor_value_info("flat", onnx.TensorProto.FLOAT, ["N", 32]))
+    onnx.save(extra, tmp_path / "extra.onnx")
+    _, out, _ = command("compare", model, tmp_path / "extra.onnx")
+    assert "different" in out and "flat" in out
+    code, _, err = command("compare", model, model, "--shape", "bogus=1")
+    assert code == 2 and "bogus" in err
 
 
 def test_bench_gives_ratios_to_the_first(command, small):

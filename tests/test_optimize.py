@@ -243,6 +243,8 @@ def test_targets_are_compiled_verified_and_timed(small, tmp_path, monkeypatch):
     assert entry.latency.median_ms > 0
     assert entry.latency.ratio == pytest.approx(entry.latency.median_ms / entry.reference_latency.median_ms)
     assert any("image = [1, 3, 8, 8]" in note for note in entry.notes)
+    assert entry.score.metric == "top1"
+    assert abs(entry.score.value - run.record.after.score.value) <= 1 / 48
     assert [goal.met for goal in run.record.goals] == [True, True]
     bundle = onnxslim.Bundle.load(tmp_path / "out" / entry.bundle)
     with np.load(small / "eval.npz") as data:
