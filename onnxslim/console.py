@@ -80,8 +80,10 @@ def progress_bar(console: Console, *, shown: bool) -> Iterator[Callable[[str, in
 
 def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for number, column in enumerate(columns):
+        # What a row is about is what must stay readable on a narrow terminal.
+        width = 16 if number == 0 else None
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold", min_width=width)
     return table
 
 
@@ -132,8 +134,8 @@ def print_targets_of(console: Console, entries: list[TargetEntry]) -> None:
         table.add_row(
             target.name,
             f"[{_STATUS_STYLE.get(target.status, 'red')}]{target.status}[/]",
-            _latency(target.latency),
-            _latency(target.reference_latency),
+            _latency(target.latency) if target.latency else "–",
+            _latency(target.reference_latency) if target.reference_latency else "–",
             "–" if target.max_abs_error is None else f"{target.max_abs_error:.3g}",
             human_bytes(target.bundle_bytes),
         )

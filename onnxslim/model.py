@@ -17,15 +17,13 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
 from onnxslim.errors import ModelError, OutputError
-from onnxslim.proto import (
+from onnxslim.proto import export_function, export_graph, import_function, import_graph
+from onnxslim.tensors import (
     ExternalFile,
     TensorSource,
     TensorWriter,
     array_to_tensor,
-    export_function,
-    export_graph,
-    import_function,
-    import_graph,
+    copy_fields,
     inline_tensor,
     tensor_nbytes,
 )
@@ -286,13 +284,7 @@ def _parse(content: bytes, name: str) -> onnx.ModelProto:
 
 def _from_proto(proto: onnx.ModelProto, path: Path | None, external: Callable[[TensorProto], TensorSource]) -> Model:
     header = onnx.ModelProto()
-    for field, value in proto.ListFields():
-        if field.name in ("graph", "functions"):
-            continue
-        if isinstance(value, (int, float, str, bytes)):
-            setattr(header, field.name, value)
-        else:
-            getattr(header, field.name).MergeFrom(value)
+    copy_fields(proto, header, frozenset({"graph", "functions"}))
     model = Model(gs.Graph(), header, path)
     try:
         model.graph = import_graph(

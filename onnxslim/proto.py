@@ -15,260 +15,33 @@ conversion here keeps graphsurgeon's objects, which the passes work on, and carr
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import AttributeProto, TensorProto, helper
 from onnx_graphsurgeon.ir.function import Function
-from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxslim.errors import ModelError
+from onnxslim.tensors import (
+    TensorSource,
+    TensorWriter,
+    copy_fields,
+    declare,
+    inline_tensor,
+    make_constant,
+    source_of,
+    value_info,
+)
 
-__all__ = [
-    "NO_SYMBOLS",
-    "ExternalFile",
-    "TensorSource",
-    "TensorWriter",
-    "array_to_tensor",
-    "declared_type",
-    "export_function",
-    "export_graph",
-    "import_function",
-    "import_graph",
-    "inline_tensor",
-    "tensor_nbytes",
-]
-
-NO_SYMBOLS = frozenset({"", "?", "-1", "None"})
-"""What exporters write for a size that they do not know; two axes with such a name need not be equal."""
+__all__ = ["export_function", "export_graph", "import_function", "import_graph"]
 
 _GRAPH_FIELDS = frozenset({"node", "input", "output", "initializer", "sparse_initializer", "value_info", "name"})
 _NODE_FIELDS = frozenset({"input", "output", "attribute", "op_type", "name", "domain"})
 _FUNCTION_FIELDS = frozenset(
     {"node", "input", "output", "name", "domain", "attribute", "attribute_proto", "value_info"}
 )
-
-TensorWriter = Callable[[gs.Constant], TensorProto]
-"""Turns a constant into the TensorProto to write: with its bytes, as a placeholder, or pointing at a data file."""
-
-
-def _copy_fields(source: Any, target: Any, skip: frozenset[str]) -> None:
-    for field, value in source.ListFields():
-        if field.name in skip:
-            continue
-        if isinstance(value, (int, float, str, bytes)):
-            setattr(target, field.name, value)
-        else:
-            getattr(target, field.name).MergeFrom(value)
-
-
-# --------------------------------------------------------------------------------------------------------- tensors
-
-
-@dataclass(frozen=True)
-class ExternalFile:
-    """Where the bytes of one tensor lie outside the model file; checked to be inside the model's folder."""
-
-    path: Path
-    offset: int
-    length: int
-
-
-class TensorSource(LazyValues):  # type: ignore[misc]
-    """The values of a constant that are still where the file has them, loaded when first read.
-
-    Attributes:
-        tensor: the TensorProto or SparseTensorProto.
-        shape: dimensions, a tuple.
-        dtype: NumPy dtype (``ml_dtypes`` for bfloat16, float8 and 4-bit types; object for strings).
-        external: where the bytes are, when they are not in the proto.
-    """
-
-    def __init__(self, tensor: TensorProto | onnx.SparseTensorProto, external: ExternalFile | None = None) -> None:
-        self.tensor = tensor
-        self.external = external
-        self.shape = tuple(tensor.dims)
-        self.sparse = isinstance(tensor, onnx.SparseTensorProto)
-        data_type = tensor.values.data_type if self.sparse else tensor.data_type
-        try:
-            self.dtype = helper.tensor_dtype_to_np_dtype(data_type)
-        except KeyError:
-            name = tensor.values.name if self.sparse else tensor.name
-            raise ModelError(
-                f"tensor {name!r}: unknown data type {data_type}; the file is corrupt or too new."
-            ) from None
-        self._loaded: weakref.ref[np.ndarray] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the dense values as ONNX stores them (4-bit types packed in pairs)."""
-        count = int(np.prod(self.shape, dtype=np.int64))
-        return (count * _bits(self.dtype) + 7) // 8
-
-    def load(self) -> np.ndarray:
-        """Return the values as a read-only array; a read-only view of the file where they lie outside the model."""
-        array = self._loaded() if self._loaded is not None else None
-        if array is None:
-            array = self._read()
-            array.flags.writeable = False
-            self._loaded = weakref.ref(array)
-        return array
-
-    def is_source_of(self, values: object) -> bool:
-        """Whether ``values`` is what :meth:`load` returned, so that writing the proto again writes the same."""
-        return values is self or (self._loaded is not None and self._loaded() is values)
-
-    def _read(self) -> np.ndarray:
-        if self.sparse:
-            return _dense(self.tensor)
-        if self.external is not None and _bits(self.dtype) >= 8:
-            if self.external.length == 0:
-                return np.zeros(self.shape, self.dtype)
-            count = int(np.prod(self.shape, dtype=np.int64))
-            dtype = self.dtype.newbyteorder("<") if self.dtype.kind in "iufc" else self.dtype
-            mapped = np.memmap(
-                self.external.path, mode="r", offset=self.external.offset, dtype=np.uint8, shape=(self.external.length,)
-            )
-            return np.frombuffer(mapped, dtype=dtype, count=count).reshape(self.shape)
-        try:
-            return np.asarray(onnx.numpy_helper.to_array(self.inline())).reshape(self.shape).view()
-        except (ValueError, TypeError) as error:
-            raise ModelError(f"initializer {self.tensor.name!r}: its data does not fit its shape ({error}).") from None
-
-    def inline(self) -> TensorProto:
-        """The tensor with its bytes inside the proto."""
-        tensor = TensorProto()
-        tensor.CopyFrom(self.tensor)
-        if self.external is not None:
-            with self.external.path.open("rb") as file:
-                file.seek(self.external.offset)
-                tensor.raw_data = file.read(self.external.length)
-            del tensor.external_data[:]
-            tensor.ClearField("data_location")
-        return tensor
-
-
-def _bits(dtype: np.dtype) -> int:
-    import ml_dtypes
-
-    four = {np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)}
-    four |= {np.dtype(getattr(ml_dtypes, name)) for name in ("float4_e2m1fn",) if hasattr(ml_dtypes, name)}
-    two = {np.dtype(getattr(ml_dtypes, name)) for name in ("int2", "uint2") if hasattr(ml_dtypes, name)}
-    return 4 if dtype in four else 2 if dtype in two else 8 * dtype.itemsize
-
-
-def _dense(sparse: onnx.SparseTensorProto) -> np.ndarray:
-    values = onnx.numpy_helper.to_array(sparse.values)
-    indices = onnx.numpy_helper.to_array(sparse.indices)
-    dense = np.zeros(tuple(sparse.dims), values.dtype)
-    if indices.ndim == 1:
-        dense.reshape(-1)[indices] = values
-    else:
-        dense[tuple(indices.T)] = values
-    return dense
-
-
-def array_to_tensor(name: str, values: np.ndarray) -> TensorProto:
-    """The TensorProto of an array: little-endian raw bytes, 4-bit types packed, strings as strings."""
-    if values.dtype == object or values.dtype.kind in "US":
-        strings = [item if isinstance(item, bytes) else str(item).encode() for item in values.reshape(-1)]
-        return TensorProto(name=name, data_type=TensorProto.STRING, dims=values.shape, string_data=strings)
-    tensor: TensorProto = onnx.numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
-    return tensor
-
-
-def inline_tensor(constant: gs.Constant) -> TensorProto:
-    """The TensorProto of a constant with its bytes inside: the default :data:`TensorWriter`."""
-    source = _source(constant)
-    if source is None:
-        return array_to_tensor(constant.name, constant.values)
-    tensor = source.inline()
-    if tensor.name != constant.name:
-        tensor.name = constant.name
-    return tensor
-
-
-def tensor_nbytes(constant: gs.Constant) -> int:
-    """Bytes of a constant as ONNX stores it: 4-bit types packed in pairs."""
-    values = constant._values
-    if isinstance(values, TensorSource):
-        return values.nbytes
-    return (int(values.size) * _bits(values.dtype) + 7) // 8
-
-
-def _source(constant: gs.Constant) -> TensorSource | None:
-    """Where the constant's values came from, when they are still those."""
-    source = constant.__dict__.get("source")
-    if isinstance(constant._values, TensorSource):
-        return constant._values
-    return source if source is not None and source.is_source_of(constant._values) else None
-
-
-def _constant(name: str, source: TensorSource) -> gs.Constant:
-    constant = gs.Constant(name, source)
-    constant.source = source
-    return constant
-
-
-# -------------------------------------------------------------------------------------------------- types of values
-
-
-def declared_type(info: onnx.ValueInfoProto) -> tuple[np.dtype | None, list[int | str | None] | None]:
-    """The dtype and shape that a ValueInfoProto declares, for dense tensors; None where it says nothing."""
-    kind = info.type.WhichOneof("value")
-    if kind != "tensor_type":
-        return None, None
-    tensor = info.type.tensor_type
-    try:
-        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type) if tensor.elem_type else None
-    except KeyError:
-        dtype = None
-    if not tensor.HasField("shape"):
-        return dtype, None
-    shape: list[int | str | None] = []
-    for dim in tensor.shape.dim:
-        which = dim.WhichOneof("value")
-        if which == "dim_value":
-            shape.append(dim.dim_value if dim.dim_value >= 0 else None)  # Paddle writes -1 for "any size"
-        else:
-            shape.append(None if dim.dim_param in NO_SYMBOLS else dim.dim_param)
-    return dtype, shape
-
-
-def _declare(tensor: gs.Tensor, info: onnx.ValueInfoProto) -> None:
-    """Note on a tensor what the file declares of it."""
-    tensor.info = info
-    if isinstance(tensor, gs.Variable):
-        tensor.dtype, tensor.shape = declared_type(info)
-        tensor.type = info.type.WhichOneof("value") or "tensor_type"
-
-
-def _value_info(tensor: gs.Tensor) -> onnx.ValueInfoProto | None:
-    """What to declare of a tensor: as the file had it while that still holds, else from dtype and shape."""
-    carried: onnx.ValueInfoProto | None = tensor.__dict__.get("info")
-    dtype, shape = tensor.dtype, tensor.shape
-    if carried is not None:
-        kind = carried.type.WhichOneof("value")
-        known = declared_type(carried)
-        same = known[0] == dtype and known[1] == (None if shape is None else list(shape))
-        if same or (kind not in (None, "tensor_type") and dtype is None):
-            info = onnx.ValueInfoProto()
-            info.CopyFrom(carried)
-            info.name = tensor.name
-            return info
-    if dtype is None:
-        return None
-    elem_type = dtype if isinstance(dtype, int) else helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    info = helper.make_tensor_value_info(tensor.name, elem_type, None if shape is None else list(shape))
-    if carried is not None:
-        _copy_fields(carried, info, frozenset({"name", "type"}))
-    return info
 
 
 # -------------------------------------------------------------------------------------------------------- importing
@@ -302,7 +75,7 @@ class _Importer:
         defaults: dict[str, gs.Constant] = {}
         initializers: list[gs.Constant] = []
         for tensor in proto.initializer:
-            constant = _constant(tensor.name, self.tensor(tensor))
+            constant = make_constant(tensor.name, self.tensor(tensor))
             if tensor.name in overridable:
                 defaults[tensor.name] = constant
             else:
@@ -311,7 +84,7 @@ class _Importer:
         for sparse in proto.sparse_initializer:
             if TensorProto.EXTERNAL in (sparse.values.data_location, sparse.indices.data_location):
                 raise ModelError(f"sparse initializer {sparse.values.name!r}: external data is not supported for it.")
-            constant = _constant(sparse.values.name, TensorSource(sparse))
+            constant = make_constant(sparse.values.name, TensorSource(sparse))
             if constant.name in overridable:
                 defaults[constant.name] = constant
             else:
@@ -324,7 +97,7 @@ class _Importer:
                 scope[info.name].info = info
                 continue
             variable = gs.Variable(info.name)
-            _declare(variable, info)
+            declare(variable, info)
             if info.name in defaults:
                 variable.default = defaults[info.name]
             scope[info.name] = variable
@@ -336,7 +109,7 @@ class _Importer:
         stray: list[onnx.ValueInfoProto] = []
         for info in proto.value_info:
             if info.name in scope:
-                _declare(scope[info.name], info)
+                declare(scope[info.name], info)
             else:
                 stray.append(info)
 
@@ -354,7 +127,7 @@ class _Importer:
         for info in proto.output:
             tensor = find(info.name)
             if isinstance(tensor, gs.Variable) and not any(tensor is known for known in inputs):
-                _declare(tensor, info)
+                declare(tensor, info)
             outputs.append(tensor)
 
         visible = {**outer, **scope}
@@ -370,7 +143,7 @@ class _Importer:
             ir_version=self.ir_version,
         )
         header = onnx.GraphProto()
-        _copy_fields(proto, header, _GRAPH_FIELDS)
+        copy_fields(proto, header, _GRAPH_FIELDS)
         graph.header = header
         graph.initializers = initializers
         graph.output_infos = list(proto.output)
@@ -401,7 +174,7 @@ class _Importer:
         if docs:
             node.attribute_docs = docs
         header = onnx.NodeProto()
-        _copy_fields(proto, header, _NODE_FIELDS)
+        copy_fields(proto, header, _NODE_FIELDS)
         if header.ByteSize():
             node.header = header
         return node
@@ -411,7 +184,7 @@ class _Importer:
             return gs.Node.AttributeRef(proto.ref_attr_name, proto.type)
         kind = proto.type
         if kind == AttributeProto.TENSOR:
-            return _constant(proto.t.name, self.tensor(proto.t))
+            return make_constant(proto.t.name, self.tensor(proto.t))
         if kind == AttributeProto.GRAPH:
             return self.graph(proto.g, visible)
         try:
@@ -444,7 +217,7 @@ class _Importer:
         stray = []
         for info in proto.value_info:
             if info.name in scope:
-                _declare(scope[info.name], info)
+                declare(scope[info.name], info)
             else:
                 stray.append(info)
         outputs = [find(name) for name in proto.output]
@@ -463,7 +236,7 @@ class _Importer:
             attrs=attrs,
         )
         header = onnx.FunctionProto()
-        _copy_fields(proto, header, _FUNCTION_FIELDS)
+        copy_fields(proto, header, _FUNCTION_FIELDS)
         function.header = header
         function.initializers = []  # a function cannot hold any; its constants are Constant nodes
         function.unused_initializers = []
@@ -523,7 +296,7 @@ class _Exporter:
             declared = sorted(infos, key=lambda name: order.get(name, len(order)))
         proto.input.extend(infos[name] for name in declared)
         for constant in dense:
-            source = _source(constant)
+            source = source_of(constant)
             if source is not None and source.sparse:
                 sparse = proto.sparse_initializer.add()
                 sparse.CopyFrom(source.tensor)
@@ -547,7 +320,7 @@ class _Exporter:
         return proto
 
     def input_info(self, tensor: gs.Tensor) -> onnx.ValueInfoProto:
-        return _value_info(tensor) or onnx.ValueInfoProto(name=tensor.name)
+        return value_info(tensor) or onnx.ValueInfoProto(name=tensor.name)
 
     def output_infos(self, graph: gs.Graph) -> Iterator[onnx.ValueInfoProto]:
         # An output that is an input or an initializer may declare other dims than that tensor does.
@@ -562,13 +335,13 @@ class _Exporter:
     def value_infos(self, graph: gs.Graph, constants: list[gs.Constant]) -> Iterator[onnx.ValueInfoProto]:
         for tensor in constants:
             if "info" in tensor.__dict__ and self.ir_version >= 4:
-                info = _value_info(tensor)
+                info = value_info(tensor)
                 if info is not None:
                     yield info
         for node in graph.nodes:
             for tensor in node.outputs:
                 if not tensor.is_empty():
-                    info = _value_info(tensor)
+                    info = value_info(tensor)
                     if info is not None:
                         yield info
         yield from graph.__dict__.get("stray_value_infos", ())
@@ -639,7 +412,7 @@ class _Exporter:
         infos = []
         for tensor in function.tensors().values():
             if isinstance(tensor, gs.Variable) and not tensor.is_empty():
-                info = _value_info(tensor)
+                info = value_info(tensor)
                 if info is not None:
                     infos.append(info)
         proto.value_info.extend([*infos, *function.__dict__.get("stray_value_infos", ())])

@@ -27,8 +27,8 @@ from google.protobuf.message import DecodeError, EncodeError
 
 from onnxslim.errors import ModelError
 from onnxslim.model import Model, load
-from onnxslim.proto import NO_SYMBOLS
 from onnxslim.record import Latency
+from onnxslim.tensors import NO_SYMBOLS
 
 __all__ = [
     "Feed",

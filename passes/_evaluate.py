@@ -17,7 +17,8 @@ from onnx import TensorProto
 
 from onnxslim.errors import SlimError
 from onnxslim.graph.walk import constant_value
-from onnxslim.proto import array_to_tensor, export_graph, inline_tensor
+from onnxslim.proto import export_graph
+from onnxslim.tensors import array_to_tensor, inline_tensor
 
 __all__ = ["ConstantSet", "Failure", "stored_bytes"]
 

@@ -19,7 +19,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from onnxslim.errors import TargetError
 from onnxslim.model import Model, load
-from onnxslim.proto import NO_SYMBOLS
+from onnxslim.tensors import NO_SYMBOLS, TensorSource
 
 __all__ = ["Prepared", "Tensor", "as_proto", "nested_graphs", "node_label", "opset_of", "prepare"]
 
@@ -159,7 +159,7 @@ def _constants_to_initializers(graph: GraphProto) -> None:
     for body in nested_graphs(graph):
         outputs = {value.name for value in body.output}
         for sparse in body.sparse_initializer:
-            body.initializer.append(_dense(sparse, sparse.values.name))
+            body.initializer.append(numpy_helper.from_array(TensorSource(sparse).load(), sparse.values.name))
         del body.sparse_initializer[:]
         dropped = set()
         for node in body.node:
@@ -213,7 +213,7 @@ def _constant_tensor(node: NodeProto) -> TensorProto | None:
         tensor.name = name
         return tensor
     if attribute.name == "sparse_value":
-        return _dense(attribute.sparse_tensor, name)
+        return numpy_helper.from_array(TensorSource(attribute.sparse_tensor).load(), name)
     if attribute.name in ("value_float", "value_floats"):
         value = attribute.f if attribute.name == "value_float" else list(attribute.floats)
         return numpy_helper.from_array(np.asarray(value, dtype=np.float32), name)
@@ -221,17 +221,6 @@ def _constant_tensor(node: NodeProto) -> TensorProto | None:
         value = attribute.i if attribute.name == "value_int" else list(attribute.ints)
         return numpy_helper.from_array(np.asarray(value, dtype=np.int64), name)
     return None
-
-
-def _dense(sparse: onnx.SparseTensorProto, name: str) -> TensorProto:
-    values = numpy_helper.to_array(sparse.values)
-    indices = numpy_helper.to_array(sparse.indices)
-    dense = np.zeros(tuple(sparse.dims), dtype=values.dtype)
-    if indices.ndim == 1:
-        dense.reshape(-1)[indices] = values
-    else:
-        dense[tuple(indices.T)] = values
-    return numpy_helper.from_array(dense, name)
 
 
 def _drop_empty_attributes(graph: GraphProto) -> None:

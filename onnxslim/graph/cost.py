@@ -10,8 +10,8 @@ import onnx_graphsurgeon as gs
 
 from onnxslim.graph.shapes import Shapes, infer_shapes
 from onnxslim.model import Model
-from onnxslim.proto import tensor_nbytes
 from onnxslim.record import LayerSize
+from onnxslim.tensors import tensor_nbytes
 
 __all__ = ["layer_costs", "node_count", "node_macs", "op_histogram", "parameter_count", "total_macs"]
 

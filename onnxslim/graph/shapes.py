@@ -11,7 +11,7 @@ from onnx_graphsurgeon.ir.function import Function
 
 from onnxslim.errors import RecipeError
 from onnxslim.model import Model
-from onnxslim.proto import declared_type
+from onnxslim.tensors import declared_type
 
 __all__ = ["Shapes", "infer_shapes", "input_shape"]
 
