@@ -235,7 +235,9 @@ def bench(
     """Time models and bundles beside each other, interleaved: medians and ratios."""
     from onnxslim.bench import bench as run_bench
 
-    entries = run_bench(paths, data=data, shapes=_shapes(shape), threads=threads, max_seconds=seconds)
+    with show.progress_bar(Console(stderr=True), shown=not (quiet or as_json)) as progress:
+        progress("timing", 0, 0)
+        entries = run_bench(paths, data=data, shapes=_shapes(shape), threads=threads, max_seconds=seconds)
     _emit(entries, as_json=as_json, quiet=quiet, printer=show.print_bench)
 
 
@@ -251,7 +253,9 @@ def compare(
     """Show where and how far two models differ: outputs, layer by layer, and what they are made of."""
     from onnxslim.compare import compare as run_compare
 
-    found = run_compare(a, b, data=data, shapes=_shapes(shape))
+    with show.progress_bar(Console(stderr=True), shown=not (quiet or as_json)) as progress:
+        progress("comparing", 0, 0)
+        found = run_compare(a, b, data=data, shapes=_shapes(shape))
     _emit(found, as_json=as_json, quiet=quiet, printer=show.print_comparison)
 
 
@@ -267,7 +271,8 @@ def inspect(
     """Show what is in a model, and what each pass and target could do with it."""
     from onnxslim.inspection import inspect_model
 
-    found = inspect_model(model, data=data, shapes=_shapes(shape), targets=target)
+    with show.progress_bar(Console(stderr=True), shown=not (quiet or as_json)) as progress:
+        found = inspect_model(model, data=data, shapes=_shapes(shape), targets=target, progress=progress)
     _emit(found, as_json=as_json, quiet=quiet, printer=show.print_inspection)
 
 
@@ -313,8 +318,10 @@ def targets(
     from onnxslim.targets import TARGETS, fetch_runtime, find_target
 
     if fetch is not None:
-        for path in fetch_runtime(find_target(fetch).machine):
-            typer.echo(path)
+        with show.progress_bar(Console(stderr=True), shown=not as_json) as progress:
+            progress("fetching TVM's runtime", 0, 0)
+            paths = fetch_runtime(find_target(fetch).machine)
+        typer.echo("\n".join(map(str, paths)))
         return
     if as_json:
         typer.echo(json.dumps({name: item.model_dump(mode="json") for name, item in TARGETS.items()}, indent=1))

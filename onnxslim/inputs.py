@@ -23,7 +23,7 @@ from onnxslim.passes import Pass, make_pass
 from onnxslim.recipe import Lock, Recipe
 from onnxslim.runtime import Feed, Session
 from onnxslim.stages import tool_fingerprint
-from onnxslim.targets import Target, find_target
+from onnxslim.targets import Target, find_target, runs_here
 
 __all__ = ["Inputs", "open_inputs"]
 
@@ -210,6 +210,12 @@ def _check_needs(inputs: Inputs) -> None:
             raise RecipeError(
                 f"pass {lossy[0]} may lose accuracy, and only you know how much {inputs.metric.name} is too much: "
                 "give the goal max_accuracy_drop."
+            )
+    for target, options in zip(inputs.targets, recipe.targets, strict=True):
+        if options.max_latency is not None and not runs_here(target):
+            raise RecipeError(
+                f"goal max_latency of target {target.name} cannot be met on this machine, which cannot run its code at "
+                "its speed: run on such a device, or leave the goal out."
             )
     for goal in ("max_accuracy_drop", "min_accuracy"):
         if getattr(recipe.goals, goal) is not None and inputs.scored is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -55,6 +56,7 @@ def inspect_model(
     data: Path | None = None,
     shapes: dict[str, list[int]] | None = None,
     targets: list[str] | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Inspection:
     """Describe a model file and try every pass on a copy of it.
 
@@ -63,6 +65,7 @@ def inspect_model(
         data: calibration data; without it, passes that need some are not tried.
         shapes: sizes for dynamic inputs, for targets.
         targets: which targets to look at; default: ``native``.
+        progress: called as ``progress(what, done, total)``.
 
     Raises:
         ModelError: the file cannot be read.
@@ -79,7 +82,8 @@ def inspect_model(
     except ModelError as error:
         warnings.append(f"does not run in ONNX Runtime: {error}")
     prospects = []
-    for kind in PASSES.values():
+    for number, kind in enumerate(PASSES.values()):
+        progress(kind.name, number, len(PASSES))
         if kind.needs_calibration and dataset is None:
             note = "not tried: needs --data" if data is None else "not tried: the model does not run"
             prospects.append(PassProspect(name=kind.name, changes={}, refusals={}, note=note))

@@ -1,5 +1,7 @@
 """Bad input: one clear message, exit code 2, no traceback, nothing half-written."""
 
+import platform
+
 import numpy as np
 import onnx
 import pytest
@@ -144,6 +146,13 @@ def test_a_lock_refuses_other_data(command, small, tmp_path, out):
     recipe = tmp_path / "recipe.lock.toml"
     recipe.write_text(f'model = "{small / "model.onnx"}"\n[lock]\nmodel_sha256 = "{"0" * 64}"\n')
     _refused(command("optimize", recipe, "-o", out), "locked", "remove [lock]")
+
+
+def test_goals_that_nothing_here_can_reach(command, small, tmp_path, out):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'model = "{small / "model.onnx"}"\n[[target]]\nname = "raspberry-pi-4"\nmax_latency = "5 ms"\n')
+    if platform.machine() == "x86_64":
+        _refused(command("optimize", recipe, "-o", out), "max_latency", "raspberry-pi-4")
 
 
 def test_recipes_that_are_none(command, tmp_path, out):
