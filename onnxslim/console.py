@@ -14,6 +14,7 @@ from rich.table import Table
 
 from onnxslim.bench import BenchEntry
 from onnxslim.compare import Comparison
+from onnxslim.goals import human_bytes
 from onnxslim.inspection import Inspection
 from onnxslim.passes import Pass
 from onnxslim.record import Latency, Record, Score, Snapshot, TargetEntry
@@ -21,7 +22,6 @@ from onnxslim.slim import SlimRun
 from onnxslim.targets import TARGETS
 
 __all__ = [
-    "human_bytes",
     "print_bench",
     "print_comparison",
     "print_inspection",
@@ -42,18 +42,6 @@ _STATUS_STYLE = {
     "compiled, not run": "yellow",
     "unsupported": "red",
 }
-
-
-def human_bytes(size: int | None) -> str:
-    """Bytes in decimal units."""
-    if size is None:
-        return "–"
-    value = float(size)
-    for unit in ("B", "kB", "MB"):
-        if abs(value) < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
 
 
 @contextlib.contextmanager
@@ -85,6 +73,10 @@ def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
         width = 16 if number == 0 else None
         table.add_column(column, justify="right" if column in right else "left", overflow="fold", min_width=width)
     return table
+
+
+def _optional_bytes(size: int | None) -> str:
+    return "–" if size is None else human_bytes(size)
 
 
 def _score(score: Score | None) -> str:
@@ -137,7 +129,7 @@ def print_targets_of(console: Console, entries: list[TargetEntry]) -> None:
             _latency(target.latency) if target.latency else "–",
             _latency(target.reference_latency) if target.reference_latency else "–",
             "–" if target.max_abs_error is None else f"{target.max_abs_error:.3g}",
-            human_bytes(target.bundle_bytes),
+            _optional_bytes(target.bundle_bytes),
         )
     console.print(table)
     for target in entries:
@@ -157,7 +149,7 @@ def _print_before_after(console: Console, before: Snapshot, after: Snapshot) -> 
     table.add_row(escape(metric), _score(before.score), _score(after.score))
     threads = f", {before.latency.threads} thread(s)" if before.latency else ""
     table.add_row(f"ONNX Runtime{threads}", _latency(before.latency), _latency(after.latency))
-    table.add_row("peak memory", human_bytes(before.peak_memory_bytes), human_bytes(after.peak_memory_bytes))
+    table.add_row("peak memory", _optional_bytes(before.peak_memory_bytes), _optional_bytes(after.peak_memory_bytes))
     console.print(table)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import ByteSize
+
 from onnxslim.metrics import drop
 from onnxslim.recipe import Goals, TargetOptions
 from onnxslim.record import GoalEntry, Latency, Score, Snapshot, TargetEntry
 
-__all__ = ["EXIT_CODES", "judge", "summarize", "verdict"]
+__all__ = ["EXIT_CODES", "human_bytes", "judge", "summarize", "verdict"]
 
 Verdict = Literal["met", "not met", "no goals"]
 
@@ -40,7 +42,7 @@ def judge(
         entries.append(
             GoalEntry(
                 name="size",
-                wanted=f"at most {goals.max_size.human_readable(decimal=True)}",
+                wanted=f"at most {human_bytes(goals.max_size)}",
                 achieved=f"{after.size_bytes:,} bytes",
                 met=after.size_bytes <= goals.max_size,
                 detail=f"{_margin(goals.max_size - after.size_bytes, ',d', ' bytes')}; external data included",
@@ -103,6 +105,11 @@ def _margin(spare: float, form: str, unit: str = "", short: str = "too much") ->
     return f"{spare:{form}}{unit} to spare" if spare >= 0 else f"{-spare:{form}}{unit} {short}"
 
 
+def human_bytes(size: int) -> str:
+    """Bytes in decimal units, such as 1.0 MB."""
+    return ByteSize(size).human_readable(decimal=True, separator=" ")
+
+
 def verdict(goals: list[GoalEntry]) -> Verdict:
     """Met when every goal is; a goal that could not be measured is not met."""
     if not goals:
@@ -112,7 +119,9 @@ def verdict(goals: list[GoalEntry]) -> Verdict:
 
 def summarize(before: Snapshot, after: Snapshot, goals: list[GoalEntry], targets: list[TargetEntry]) -> str:
     """One sentence for the top of the report and the end of the command."""
-    parts = [f"{before.size_bytes / after.size_bytes:.2f} times smaller ({_size(before)} to {_size(after)})"]
+    parts = [
+        f"{before.size_bytes / after.size_bytes:.2f} times smaller ({human_bytes(before.size_bytes)} to {human_bytes(after.size_bytes)})"
+    ]
     if before.score is not None and after.score is not None:
         parts.append(f"{after.score.metric} {before.score.value:.4g} to {after.score.value:.4g}")
     if after.latency is not None and after.latency.ratio is not None:
@@ -123,12 +132,3 @@ def summarize(before: Snapshot, after: Snapshot, goals: list[GoalEntry], targets
     missed = [goal.name for goal in goals if not goal.met]
     lead = f"Missed: {', '.join(missed)}. " if missed else ""
     return lead + "; ".join(parts) + "."
-
-
-def _size(snapshot: Snapshot) -> str:
-    size = float(snapshot.size_bytes)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"
