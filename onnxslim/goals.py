@@ -119,9 +119,9 @@ def verdict(goals: list[GoalEntry]) -> Verdict:
 
 def summarize(before: Snapshot, after: Snapshot, goals: list[GoalEntry], targets: list[TargetEntry]) -> str:
     """One sentence for the top of the report and the end of the command."""
-    parts = [
-        f"{before.size_bytes / after.size_bytes:.2f} times smaller ({human_bytes(before.size_bytes)} to {human_bytes(after.size_bytes)})"
-    ]
+    ratio = before.size_bytes / after.size_bytes
+    sizes = f"{human_bytes(before.size_bytes)} to {human_bytes(after.size_bytes)}"
+    parts = [f"{ratio:.2f} times smaller ({sizes})"]
     if before.score is not None and after.score is not None:
         parts.append(f"{after.score.metric} {before.score.value:.4g} to {after.score.value:.4g}")
     if after.latency is not None and after.latency.ratio is not None:
