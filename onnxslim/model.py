@@ -313,7 +313,9 @@ def _no_external(name: str) -> Callable[[TensorProto], TensorSource]:
 
 
 def _external_finder(model_path: Path) -> Callable[[TensorProto], TensorSource]:
-    folder = model_path.resolve().parent
+    folder = model_path.parent.resolve()
+    # Download caches keep models as links into one folder of blobs; weights may lie where their model really does.
+    roots = (folder, model_path.resolve().parent)
     sizes: dict[Path, int] = {}
 
     def find(tensor: TensorProto) -> TensorSource:
@@ -321,8 +323,9 @@ def _external_finder(model_path: Path) -> Callable[[TensorProto], TensorSource]:
         location = entries.get("location", "")
         where = f"{model_path}: tensor {tensor.name!r}"
         path = (folder / location).resolve()
-        # resolve() follows links, so neither "../" nor a link can lead out of the folder.
-        if not location or Path(location).is_absolute() or not path.is_relative_to(folder):
+        # Neither "../" nor, as resolve() follows it, a link can lead out of the folder.
+        inside = Path(os.path.normpath(folder / location)).is_relative_to(folder)
+        if not location or not inside or not any(path.is_relative_to(root) for root in roots):
             raise ModelError(f"{where}: its external data {location!r} is outside the model's folder; refused.")
         if path not in sizes:
             if not path.is_file():

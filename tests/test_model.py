@@ -249,6 +249,19 @@ def test_external_data_outside_the_folder_is_refused(tmp_path, location):
         load(path)
 
 
+def test_a_download_cache_of_links_is_read(tmp_path):
+    """Model and weights are links into one folder of blobs, as hubs keep them."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    path, _ = _big_model(blobs)
+    path.rename(blobs / "aaaa")
+    (blobs / "weights.bin").rename(blobs / "bbbb")
+    (snapshot / "model.onnx").symlink_to(blobs / "aaaa")
+    (snapshot / "weights.bin").symlink_to(blobs / "bbbb")
+    assert load(snapshot / "model.onnx").graph.nodes[0].inputs[1].values.shape == (300, 300)
+
+
 def test_missing_and_truncated_external_data_are_named(tmp_path):
     path, _ = _big_model(tmp_path)
     weights = tmp_path / "weights.bin"
