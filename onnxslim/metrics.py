@@ -421,7 +421,8 @@ def _top(k: int) -> Callable[[_Case], np.ndarray]:
     def values(case: _Case) -> np.ndarray:
         labels = case.labels
         if labels.dtype.kind not in "iub":
-            raise DataError(f"labels are {labels.dtype}; {case.metric!r} needs class numbers (.astype('int64')).")
+            mend = ".astype('int64')" if labels.dtype.kind == "f" else "the index of each label's class in the output"
+            raise DataError(f"labels are {labels.dtype}; {case.metric!r} needs class numbers: {mend}.")
         scores = _class_scores(case)
         classes = scores.shape[-1]
         if classes <= k:
