@@ -16,6 +16,7 @@ from onnxslim.targets import TARGETS, Bundle, Target, find_target, runs_here
 from onnxslim.targets import _tvm as tvm_door
 from onnxslim.targets.bundle import new_folder
 from onnxslim.targets.prepare import prepare
+from onnxslim.targets.verify import _is_rounding
 
 SUM = """<ir_version: 8, opset_import: ["" : 13]>
 g (float[N, 4] a, float[N, 4] b) => (float[N, 4] y) { y = Add (a, b) }"""
@@ -339,3 +340,16 @@ def test_prepared_models_stay_legal():
     onnx.checker.check_model(prepared.proto)
     names = [node.name for node in prepared.proto.graph.node]
     assert all(names)
+
+
+def test_only_what_runtimes_themselves_disagree_on_is_rounding():
+    """A sigmoid far below zero is all rounding; a wrong number is not, however small."""
+    expected = {"y": np.array([1.0e-7, 3.0e-7], np.float32)}
+    plain = {"y": np.array([1.1e-7, 3.0e-7], np.float32)}
+    near = {"y": np.array([1.0e-7, 3.3e-7], np.float32)}
+    wrong = {"y": np.array([3.0e-7, 1.0e-7], np.float32)}
+    assert _is_rounding(expected, near, plain)
+    assert not _is_rounding(expected, wrong, plain)
+    assert not _is_rounding(expected, near, expected)
+    assert not _is_rounding({"n": np.array([1])}, {"n": np.array([2])}, {"n": np.array([2])})
+    assert not _is_rounding(expected, {"y": np.array([np.nan, 3.0e-7], np.float32)}, plain)
