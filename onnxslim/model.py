@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import os
@@ -373,7 +374,14 @@ def external_files(path: Path) -> list[Path]:
     Raises:
         ModelError: as :func:`load`.
     """
-    return sorted({source.external.path for source in load(path)._sources() if source.external})
+    state = path.stat() if path.is_file() else None
+    return list(_external_files(path, state and (state.st_mtime_ns, state.st_size, state.st_ino)))
+
+
+@functools.lru_cache(maxsize=64)
+def _external_files(path: Path, _state: tuple[int, ...] | None) -> tuple[Path, ...]:
+    """Parse a file for this once, however often its size and hash are asked for, until it is another file."""
+    return tuple(sorted({source.external.path for source in load(path)._sources() if source.external}))
 
 
 def size_on_disk(path: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -28,7 +27,7 @@ from onnxslim.pass_runner import PassRunner, Stage
 from onnxslim.passes import Pass
 from onnxslim.recipe import Goals, Lock, Recipe, make_recipe, write_lock
 from onnxslim.record import DataEntry, LayerError, PassEntry, Record, Score, Snapshot, TargetEntry
-from onnxslim.runtime import Feed, environment, peak_memory
+from onnxslim.runtime import Feed, environment, peak_memory, usable_cores
 from onnxslim.stages import StageCache, content_key, tool_fingerprint
 from onnxslim.targets import Bundle, Target, find_target
 
@@ -198,7 +197,7 @@ class _Job:
         self.folder = folder
         self.result = folder / "model.onnx"
         self.progress = progress
-        self.threads = self.recipe.threads or _cores()
+        self.threads = self.recipe.threads or usable_cores()
         self.cache = StageCache(folder / ".cache")
         self.runner = PassRunner(
             self.cache,
@@ -224,11 +223,11 @@ class _Job:
         self._write_model(stage)
         before, after = self._snapshots(original, stage)
         self._remove_old_bundles()
-        targets = [self._compile(target, stage) for target in self.inputs.targets]
+        targets = [self._compile(target, stage, after.sha256) for target in self.inputs.targets]
         self.progress("comparing layer by layer", 0, 0)
         errors = self._layer_errors(stage.model)
         goals = judge(self.recipe.goals, self.recipe.targets, before, after, targets)
-        resolved = self._resolved_recipe(original.path)
+        resolved = self._resolved_recipe(original.path, before.sha256)
         record = Record(
             tool_version=onnxslim.__version__,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -312,14 +311,13 @@ class _Job:
             self.cache.put(key, pair, workspace)
         return pair.before, pair.after
 
-    def _compile(self, target: Target, stage: Stage) -> TargetEntry:
+    def _compile(self, target: Target, stage: Stage, sha256: str) -> TargetEntry:
         """Compile the result for one target, run it where it can run, time it beside ONNX Runtime."""
         from onnxslim.deploy import deploy
 
         self.progress(f"compiling for {target.name}", 0, 0)
         shapes, notes = self._target_shapes()
         folder = self.folder / "targets" / target.name
-        sha256 = file_sha256(self.result)
         key = content_key(
             target=target.model_dump(mode="json"),
             model=sha256,
@@ -449,7 +447,7 @@ class _Job:
             if manifest.parent.name not in names:
                 shutil.rmtree(manifest.parent, ignore_errors=True)
 
-    def _resolved_recipe(self, original: Path) -> Recipe:
+    def _resolved_recipe(self, original: Path, sha256: str) -> Recipe:
         """The recipe with every default written out and everything pinned that decides the result."""
         calibration, evaluation = self.inputs.data_hashes
         metric = self.inputs.metric.name if self.inputs.metric else None
@@ -460,7 +458,7 @@ class _Job:
                 "threads": self.threads,
                 "data": self.recipe.data.model_copy(update={"metric": metric}),
                 "lock": Lock(
-                    model_sha256=file_sha256(original),
+                    model_sha256=sha256,
                     calibration_sha256=calibration,
                     evaluation_sha256=evaluation,
                     versions={name: v for name, v in tool_fingerprint().items() if name != "source"},
@@ -498,7 +496,3 @@ def _slower(after: Snapshot) -> list[str]:
 def _this_machine() -> dict[str, Any]:
     """What a latency holds for: measured elsewhere, it is not taken."""
     return find_target("native").model_dump(mode="json")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -171,6 +171,7 @@ class PassRunner:
                 reason = outcome.refusals[0].why if outcome.refusals else "found nothing to do"
                 finding = _Finding("no change", reason, score=stage.score)
         made = finding.status in ("kept", "rolled back") and path.is_file()
+        size = size_on_disk(stage.path)
         after = result if made else stage.model
         return PassEntry(
             name=pass_.name,
@@ -183,8 +184,8 @@ class PassRunner:
             refusals=[vars(refusal) for refusal in outcome.refusals],
             numbers={name: value for name, value in outcome.numbers.items() if math.isfinite(value)},
             checks=finding.checks,
-            size_before=size_on_disk(stage.path),
-            size_after=size_on_disk(path if made else stage.path),
+            size_before=size,
+            size_after=size_on_disk(path) if made else size,
             nodes_before=node_count(stage.model),
             nodes_after=node_count(after),
             parameters_before=parameter_count(stage.model),

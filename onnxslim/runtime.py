@@ -43,6 +43,7 @@ __all__ = [
     "peak_memory",
     "spill",
     "too_large",
+    "usable_cores",
 ]
 
 # protobuf refuses messages of 2 GiB; the graph around the weights must fit as well.
@@ -545,6 +546,11 @@ _CPU_FEATURES = (
 )  # fmt: skip
 
 
+def usable_cores() -> int:
+    """Processors that this process may use, which can be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment() -> dict[str, str]:
     """What a measurement depends on: versions, system, processor, load and memory, for the record.
 
@@ -578,7 +584,7 @@ def _cores() -> str:
 
     logical = os.cpu_count() or 0
     physical = psutil.cpu_count(logical=False)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
+    usable = usable_cores()
     return f"{usable} usable, {logical} logical, {physical if physical else 'unknown'} physical"
 
 

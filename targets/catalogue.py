@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import platform
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
 from onnxslim.errors import TargetError
+from onnxslim.runtime import usable_cores
 
 __all__ = ["NATIVE_CPU", "TARGETS", "Target", "find_target", "host_cpu_flags", "runs_here"]
 
@@ -164,16 +164,10 @@ def _cache_bytes(level: int, default: int) -> int:
     return default
 
 
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _native() -> Target:
     flags = host_cpu_flags()
     machine: Literal["x86_64", "aarch64"] = "aarch64" if platform.machine() in ("aarch64", "arm64") else "x86_64"
-    cores = _usable_cores()
+    cores = usable_cores()
     if machine == "aarch64":
         vector_bits, int8_dot = 128, "sdot" if "asimddp" in flags else "none"
     else:
