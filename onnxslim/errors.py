@@ -1,6 +1,6 @@
 """What can go wrong because of what a user gave us. Each is one clear message; the CLI prints it and exits with 2."""
 
-__all__ = ["DataError", "ModelError", "OutputError", "RecipeError", "SlimError", "TargetError"]
+__all__ = ["DataError", "ModelError", "OutputError", "RecipeError", "SlimError", "TargetError", "reason_of"]
 
 
 class SlimError(Exception):
@@ -25,3 +25,8 @@ class TargetError(SlimError):
 
 class OutputError(SlimError):
     """The output cannot be written where it was asked for."""
+
+
+def reason_of(error: Exception) -> str:
+    """One sentence on an error for a record: our own say enough, others need their type."""
+    return str(error) if isinstance(error, SlimError) else f"{type(error).__name__}: {error}"

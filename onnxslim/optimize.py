@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 import onnxslim
 from onnxslim.data import Dataset
-from onnxslim.errors import OutputError, RecipeError, SlimError, TargetError
+from onnxslim.errors import OutputError, RecipeError, SlimError, TargetError, reason_of
 from onnxslim.goals import judge, summarize, verdict
 from onnxslim.guard import layer_errors
 from onnxslim.inputs import Inputs, open_inputs
@@ -344,8 +344,8 @@ class _Job:
                 scorer=self._score_bundle,
             )
         except Exception as error:  # one target must not cost the run; the record names what happened
-            reason = str(error) if isinstance(error, SlimError) else f"{type(error).__name__}: {error}"
             shutil.rmtree(folder, ignore_errors=True)
+            reason = reason_of(error)
             entry = TargetEntry(name=target.name, description=target.description, status="failed", reason=reason)
         bundle = f"targets/{target.name}" if entry.bundle is not None else None
         entry = entry.model_copy(update={"notes": [*notes, *entry.notes], "bundle": bundle})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from onnxslim.data import Dataset
-from onnxslim.errors import OutputError, SlimError
+from onnxslim.errors import OutputError, reason_of
 from onnxslim.graph.cost import node_count, parameter_count
 from onnxslim.guard import check_lossless, check_runs
 from onnxslim.metrics import Metric, drop, evaluate
@@ -202,8 +202,7 @@ class PassRunner:
         except OutputError:
             raise  # the disk is full, or the folder is gone: nothing that the pass did
         except Exception as error:
-            reason = str(error) if isinstance(error, SlimError) else f"{type(error).__name__}: {error}"
-            return _Finding("rolled back", f"its result fails: {reason}")
+            return _Finding("rolled back", f"its result fails: {reason_of(error)}")
 
     def _judge(self, stage: Stage, pass_: Pass, result: Model, path: Path) -> _Finding:
         """Guard what a pass made against the stage before it, and score the file against the original."""
