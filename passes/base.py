@@ -74,6 +74,10 @@ class Context:
         calibration: unlabelled feeds; re-iterable, streamed. None when the user gave no data.
         teacher: the original model, before any pass. Lossy passes recover towards its activations.
         shapes: sizes that the user gave for dynamic inputs, by input name.
+        skip: rewrites that must not be made, as (rule, node) of the :class:`Change` that each would be.
+        limit: make at most this many rewrites, in the order of ``Outcome.changes``; None for all. With ``skip``, this
+            is how a wrong rewrite among many is found: a pass that honours both makes its first ``limit`` rewrites the
+            same way every time.
         seed: seeds ``rng``; the same recipe gives the same model.
         progress: called as ``progress(done, total)`` during long work.
     """
@@ -81,6 +85,8 @@ class Context:
     calibration: Dataset | None = None
     teacher: Model | None = None
     shapes: dict[str, list[int]] = field(default_factory=dict)
+    skip: frozenset[tuple[str, str]] = frozenset()
+    limit: int | None = None
     seed: int = 0
     progress: Callable[[int, int], None] = _silent
 
