@@ -6,9 +6,11 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from onnxslim.culprit import Checked, run_checked
 from onnxslim.data import Dataset
 from onnxslim.errors import OutputError, reason_of
 from onnxslim.graph.cost import node_count, parameter_count
@@ -16,7 +18,7 @@ from onnxslim.guard import check_lossless, check_runs
 from onnxslim.metrics import Metric, drop, evaluate
 from onnxslim.model import Model, file_sha256, load, size_on_disk
 from onnxslim.passes import Context, Outcome, Pass
-from onnxslim.record import Check, PassEntry, Score
+from onnxslim.record import Check, PassEntry, Score, UndoneEntry
 from onnxslim.runtime import Session
 from onnxslim.stages import StageCache, content_key
 
@@ -157,22 +159,10 @@ class PassRunner:
         context = Context(
             calibration=self.calibration, teacher=self.original, shapes=self.shapes, seed=self.seed, progress=tick
         )
-        result = stage.model.copy()
-        outcome = Outcome()
-        try:
-            outcome = pass_.run(result, context)
-        except Exception as error:  # a bug in one pass must not cost the run; the record names it
-            finding = _Finding("failed", f"{type(error).__name__}: {error}", score=stage.score)
-            self.warnings.append(f"pass {pass_.name} failed and was left out: {finding.reason}")
-        else:
-            if outcome.modified:
-                finding = self._save_and_judge(stage, pass_, result, path)
-            else:
-                reason = outcome.refusals[0].why if outcome.refusals else "found nothing to do"
-                finding = _Finding("no change", reason, score=stage.score)
-        made = finding.status in ("kept", "rolled back") and path.is_file()
+        outcome, result, finding, undone = self._make(stage, pass_, context, path)
+        made = result is not None and finding.status in ("kept", "rolled back") and path.is_file()
         size = size_on_disk(stage.path)
-        after = result if made else stage.model
+        after = result if made and result is not None else stage.model
         return PassEntry(
             name=pass_.name,
             options=pass_.options(),
@@ -182,6 +172,7 @@ class PassRunner:
             seconds=time.perf_counter() - started,
             changes=[vars(change) for change in outcome.changes],
             refusals=[vars(refusal) for refusal in outcome.refusals],
+            undone=undone,
             numbers={name: value for name, value in outcome.numbers.items() if math.isfinite(value)},
             checks=finding.checks,
             size_before=size,
@@ -194,34 +185,54 @@ class PassRunner:
             score_after=finding.score,
         )
 
-    def _save_and_judge(self, stage: Stage, pass_: Pass, result: Model, path: Path) -> _Finding:
-        """Write what a pass made and judge the file; a result that cannot be written, run or scored does not hold."""
+    def _make(
+        self, stage: Stage, pass_: Pass, context: Context, path: Path
+    ) -> tuple[Outcome, Model | None, _Finding, list[UndoneEntry]]:
+        """Run a pass on a copy, check or bisect it where it promises to be lossless, and save and judge the result."""
+        found = run_checked(pass_, stage.model, context, partial(self._check, stage, pass_))
+        if not found.outcome.modified:
+            reason = found.outcome.refusals[0].why if found.outcome.refusals else "found nothing to do"
+            return found.outcome, None, _Finding("no change", reason, score=stage.score), []
+        if found.model is None:
+            reason = found.broken.detail if found.broken else "nothing came of it"
+            self.warnings.append(f"pass {pass_.name} failed and was left out: {reason}")
+            return Outcome(), None, _Finding("failed", reason, score=stage.score), []
+        self.warnings += [
+            f"pass {pass_.name}: undone: {entry.rule} at {entry.node}, because {entry.why}" for entry in found.undone
+        ]
+        return found.outcome, found.model, self._save_and_judge(stage, pass_, found, path), found.undone
+
+    def _check(self, stage: Stage, pass_: Pass, result: Model) -> list[Check]:
+        """Guard what a pass made against the stage before it."""
+        data = self.calibration or self.scored
+        if pass_.lossless:
+            return check_lossless(stage.model, result, dataset=data, shapes=self.shapes, seed=self.seed)
+        return check_runs(result, data, before=stage.model, shapes=self.shapes, seed=self.seed)
+
+    def _save_and_judge(self, stage: Stage, pass_: Pass, found: Checked, path: Path) -> _Finding:
+        """Write what a pass made and judge the file; a result that cannot be written or scored does not hold."""
+        assert found.model is not None
         try:
-            result.save(path)
-            return self._judge(stage, pass_, result, path)
+            found.model.save(path)
+            return self._judge(stage, pass_, found, path)
         except OutputError:
             raise  # the disk is full, or the folder is gone: nothing that the pass did
         except Exception as error:
             return _Finding("rolled back", f"its result fails: {reason_of(error)}")
 
-    def _judge(self, stage: Stage, pass_: Pass, result: Model, path: Path) -> _Finding:
-        """Guard what a pass made against the stage before it, and score the file against the original."""
-        data = self.calibration or self.scored
-        if pass_.lossless:
-            checks = check_lossless(stage.model, result, dataset=data, shapes=self.shapes, seed=self.seed)
-        else:
-            checks = check_runs(result, data, before=stage.model, shapes=self.shapes, seed=self.seed)
-        broken = next((check for check in checks if not check.ok), None)
-        if broken is not None:
-            return _Finding("rolled back", f"{broken.name}: {broken.detail}", checks)
+    def _judge(self, stage: Stage, pass_: Pass, found: Checked, path: Path) -> _Finding:
+        """Go by the checks, and score the file against the original."""
+        if found.broken is not None:
+            return _Finding("rolled back", f"{found.broken.name}: {found.broken.detail}", found.checks)
         score = self._score(path, file_sha256(path) + stage.key)
         if pass_.lossless or score is None or self.original_score is None:
-            return _Finding("kept", "the outputs are as they were", checks, score)
+            wrong = f"; {len(found.undone)} rewrites undone that did change them" if found.undone else ""
+            return _Finding("kept", f"the outputs are as they were{wrong}", found.checks, score)
         lost = drop(self.original_score, score)
         side = "below" if lost >= 0 else "above"
         reason = f"{score.metric} {score.value:.4g}, {abs(lost):.4g} {side} the original's; budget {self.budget:g}"
         # A score is a count over samples: 0.95 - 0.94 must not miss 0.01 by the last bit of a float.
-        return _Finding("kept" if lost <= self.budget + 1e-9 else "rolled back", reason, checks, score)
+        return _Finding("kept" if lost <= self.budget + 1e-9 else "rolled back", reason, found.checks, score)
 
     def _score(self, path: Path, key: str) -> Score | None:
         """Score a model file, or take the score that an earlier run gave the same file on the same data."""

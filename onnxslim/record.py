@@ -26,6 +26,7 @@ __all__ = [
     "Score",
     "Snapshot",
     "TargetEntry",
+    "UndoneEntry",
 ]
 
 
@@ -118,6 +119,14 @@ class Check(_Entry):
     detail: str
 
 
+class UndoneEntry(_Entry):
+    """One rewrite of a lossless pass that the guard found to be wrong, by bisection, and that was left out."""
+
+    rule: str
+    node: str
+    why: str = Field(description="the check that does not hold with it, and the output that it breaks")
+
+
 class PassEntry(_Entry):
     """One pass of the run, in order."""
 
@@ -131,6 +140,7 @@ class PassEntry(_Entry):
     attempts: int = Field(default=1, description="how many strengths were tried")
     changes: list[dict[str, str]] = Field(default_factory=list, description="rule, node, what")
     refusals: list[dict[str, str]] = Field(default_factory=list, description="rule, node, why")
+    undone: list[UndoneEntry] = Field(default_factory=list, description="rewrites left out because they are wrong")
     numbers: dict[str, float] = Field(default_factory=dict)
     checks: list[Check] = Field(default_factory=list)
     size_before: int

@@ -75,6 +75,7 @@ class Context:
         teacher: the original model, before any pass. Lossy passes recover towards its activations.
         shapes: sizes that the user gave for dynamic inputs, by input name.
         skip: rewrites that must not be made, as (rule, node) of the :class:`Change` that each would be.
+        skip_rules: rules that must not be applied at all; of those that the pass names in :meth:`Pass.rules`.
         limit: make at most this many rewrites, in the order of ``Outcome.changes``; None for all. With ``skip``, this
             is how a wrong rewrite among many is found: a pass that honours both makes its first ``limit`` rewrites the
             same way every time.
@@ -86,9 +87,14 @@ class Context:
     teacher: Model | None = None
     shapes: dict[str, list[int]] = field(default_factory=dict)
     skip: frozenset[tuple[str, str]] = frozenset()
+    skip_rules: frozenset[str] = frozenset()
     limit: int | None = None
     seed: int = 0
     progress: Callable[[int, int], None] = _silent
+
+    def allows(self, rule: str, node: str) -> bool:
+        """Whether a rule may be applied at a node, going by ``skip`` and ``skip_rules``."""
+        return rule not in self.skip_rules and (rule, node) not in self.skip
 
     @property
     def rng(self) -> np.random.Generator:
@@ -117,6 +123,10 @@ class Pass(BaseModel):
         guard, the runner throws the model away and goes on with the one from before.
         """
         raise NotImplementedError
+
+    def rules(self) -> tuple[str, ...]:
+        """The names that ``Context.skip_rules`` may hold for this pass; none where it can leave no rule out."""
+        return ()
 
     def weaker(self) -> Pass | None:
         """The same pass with less effect, tried when this one breaks its accuracy budget; None when there is none."""
