@@ -121,4 +121,4 @@ def _find(pass_: Pass, model: Model, context: Context, check: Checker, failing: 
     broken = last.broken
     assert broken is not None
     rule, node = order[fails - 1]
-    return UndoneEntry(rule=rule, node=node, why=f"{broken.name}: {broken.detail}")
+    return UndoneEntry(rule=rule, node=node, why=broken.detail)

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 import onnxslim
@@ -118,10 +119,10 @@ def test_optimize_keeps_the_rest_and_says_what_it_undid(tmp_path, monkeypatch):
     assert entry.status == "kept"
     assert [(undone.rule, undone.node) for undone in entry.undone] == [("drop", "n7")]
     assert entry.nodes_after == 3
-    assert any("undone: drop at n7, because outputs: output 'y'" in warning for warning in run.record.warnings)
+    assert any("undone: drop at n7, because output 'y'" in warning for warning in run.record.warnings)
     x = np.arange(-2, 3, dtype=np.float32)
     np.testing.assert_array_equal(
-        onnx.reference.ReferenceEvaluator(onnx.load(tmp_path / "out" / "model.onnx")).run(None, {"x": x})[0], x
+        onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx").run(None, {"x": x})[0], x
     )
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "n7" in page
