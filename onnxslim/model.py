@@ -6,35 +6,54 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import mmap
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
+from onnxslim.copying import copy_graphs, uncollected
 from onnxslim.errors import ModelError, OutputError
 from onnxslim.proto import export_function, export_graph, import_function, import_graph
 from onnxslim.tensors import (
     ExternalFile,
+    Payload,
     TensorSource,
     TensorWriter,
-    array_to_tensor,
     copy_fields,
     inline_tensor,
+    outlined_tensor,
+    payload_of,
+    source_of,
     tensor_nbytes,
 )
+from onnxslim.wire import Buffer, cut_index, mark, outline, splice
 
-__all__ = ["Model", "atomic_write", "check_not_input", "external_files", "file_sha256", "load", "size_on_disk"]
+__all__ = [
+    "SMALL_TENSOR",
+    "Model",
+    "atomic_write",
+    "check_not_input",
+    "external_files",
+    "file_sha256",
+    "load",
+    "size_on_disk",
+]
 
 # protobuf refuses to serialise or parse a message of 2 GiB or more; the rest of the file must fit as well.
 _SINGLE_FILE_LIMIT = 2**31 - 2**24
 # Below this an external tensor would cost more in its entry than it saves, and shape inference wants small ones inline.
-_SMALL_TENSOR = 1024
+SMALL_TENSOR = 1024
+# A second file is a burden to whoever moves models about: smaller weights are better off in the first.
+_WORTH_A_FILE = 2**20
 _ALIGNMENT = 4096
 
 
@@ -94,17 +113,21 @@ class Model:
 
     # ------------------------------------------------------------------------------------------------- conversions
 
-    def _export(self, write: TensorWriter) -> onnx.ModelProto:
+    @uncollected()
+    def export(self, write: TensorWriter) -> onnx.ModelProto:
+        """Return the model as a ModelProto in which ``write`` says how each tensor is written."""
         proto = onnx.ModelProto()
         proto.CopyFrom(self.header)
-        proto.graph.CopyFrom(export_graph(self.graph, ir_version=self.ir_version, opset=self.opset, write=write))
+        export_graph(self.graph, ir_version=self.ir_version, opset=self.opset, write=write, into=proto.graph)
         for function in self.graph.functions:
-            proto.functions.append(export_function(function, ir_version=self.ir_version, opset=self.opset, write=write))
+            export_function(
+                function, ir_version=self.ir_version, opset=self.opset, write=write, into=proto.functions.add()
+            )
         return proto
 
     def to_proto(self) -> onnx.ModelProto:
         """Return the model as a ModelProto with all weights inside, external ones included."""
-        return self._export(inline_tensor)
+        return self.export(inline_tensor)
 
     def to_skeleton(self) -> onnx.ModelProto:
         """Return the model without its large weights: shapes, types and every tensor below 1 KiB, for analysis.
@@ -113,67 +136,74 @@ class Model:
         """
 
         def write(constant: gs.Constant) -> TensorProto:
-            if tensor_nbytes(constant) < _SMALL_TENSOR or constant.dtype == object:
+            if tensor_nbytes(constant) < SMALL_TENSOR or constant.dtype.kind in "OUS":
                 return inline_tensor(constant)
-            tensor = _outline(constant)
-            tensor.data_location = TensorProto.EXTERNAL
-            tensor.external_data.add(key="location", value="skeleton")
-            return tensor
+            return outlined_tensor(constant, location="skeleton")
 
-        return self._export(write)
+        return self.export(write)
 
     def copy(self) -> Model:
         """Return an independent copy of the structure. Weights are shared: values are replaced, never mutated."""
-        shared: list[Any] = []
-
-        def write(constant: gs.Constant) -> TensorProto:
-            tensor = _outline(constant)
-            tensor.data_location = TensorProto.EXTERNAL
-            tensor.external_data.add(key="location", value=str(len(shared)))
-            shared.append((constant._values, constant.__dict__.get("source")))
-            return tensor
-
-        proto = self._export(write)
-        copied = _from_proto(proto, self.path, lambda tensor: TensorSource(tensor))
-        for graph in copied.graphs():
-            for constant in _every_constant(graph):
-                source = constant._values
-                if not isinstance(source, TensorSource) or source.sparse:
-                    continue
-                for entry in source.tensor.external_data:
-                    constant._values, constant.source = shared[int(entry.value)]
-        return copied
+        header = onnx.ModelProto()
+        header.CopyFrom(self.header)
+        return Model(copy_graphs(self.graph), header, self.path)
 
     # ------------------------------------------------------------------------------------------------------ saving
 
     def save(self, path: str | Path) -> None:
-        """Write the model, whole or not at all; from 2 GB on with its weights in ``<name>.data`` beside it.
+        """Write the model, whole or not at all.
+
+        Weights go into the file itself; into ``<name>.data`` beside it where one file cannot hold them (2 GB), or where
+        1 MB or more of them still are what was read from external data: who has kept them apart wants them apart.
 
         Raises:
             OutputError: the folder does not exist or cannot be written, or the write would replace a file that this
                 model is still read from.
+            ModelError: a file with external weights has become shorter since the model was loaded.
         """
         path = Path(path)
-        data_path = path.with_name(path.name + ".data")
         total = sum(tensor_nbytes(constant) for graph in self.graphs() for constant in _every_constant(graph))
-        with atomic_write(path) as temporary:
-            if total < _SINGLE_FILE_LIMIT:
-                temporary.write_bytes(self.to_proto().SerializeToString())
-                return
-            read_from = {source.external.path.resolve() for source in self._sources() if source.external}
-            if data_path.resolve() in read_from:
-                raise OutputError(
-                    f"{data_path}: holds the weights of the model being saved; choose another output name."
-                )
-            with atomic_write(data_path) as temporary_data, temporary_data.open("wb") as file:
-                proto = self._export(_external_writer(file, data_path.name))
-                temporary.write_bytes(proto.SerializeToString())
+        external = sum(source.external.length for source in self._sources() if source.external)
+        if total >= _SINGLE_FILE_LIMIT or external >= _WORTH_A_FILE:
+            self._save_beside(path)
+            return
+        payloads: list[Payload] = []
+
+        def write(constant: gs.Constant) -> TensorProto:
+            payload = payload_of(constant) if tensor_nbytes(constant) >= SMALL_TENSOR else None
+            if payload is None:
+                return inline_tensor(constant)
+            payloads.append(payload)
+            tensor = outlined_tensor(constant)
+            tensor.raw_data = mark(len(payloads) - 1)
+            return tensor
+
+        skeleton = self.export(write).SerializeToString()
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            for piece in splice(skeleton, [payload.size for payload in payloads]):
+                if isinstance(piece, bytes):
+                    file.write(piece)
+                else:
+                    payloads[piece].write(file)
+
+    def _save_beside(self, path: Path) -> None:
+        """Write the model with its large weights in a file beside it."""
+        data_path = path.with_name(path.name + ".data")
+        if data_path.resolve() in {source.external.path.resolve() for source in self._sources() if source.external}:
+            raise OutputError(f"{data_path}: holds the weights of the model being saved; choose another output name.")
+        with (
+            atomic_write(path) as temporary,
+            atomic_write(data_path) as temporary_data,
+            temporary_data.open("wb") as file,
+        ):
+            temporary.write_bytes(self.export(_external_writer(file, data_path.name)).SerializeToString())
 
     def _sources(self) -> Iterator[TensorSource]:
         for graph in self.graphs():
             for constant in _every_constant(graph):
-                if isinstance(constant._values, TensorSource):
-                    yield constant._values
+                source = source_of(constant)
+                if source is not None:
+                    yield source
 
 
 def _every_constant(graph: gs.Graph) -> Iterator[gs.Constant]:
@@ -190,37 +220,15 @@ def _every_constant(graph: gs.Graph) -> Iterator[gs.Constant]:
             yield tensor
 
 
-def _outline(constant: gs.Constant) -> TensorProto:
-    """The TensorProto of a constant without its values."""
-    values = constant._values
-    if isinstance(values, TensorSource):
-        if values.sparse:
-            raise AssertionError("sparse initializers are written whole")
-        data_type = values.tensor.data_type
-    elif values.dtype == object or values.dtype.kind in "US":
-        data_type = TensorProto.STRING
-    else:
-        data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
-    return TensorProto(name=constant.name, data_type=data_type, dims=values.shape)
-
-
-def _external_writer(file: Any, location: str) -> TensorWriter:
+def _external_writer(file: BinaryIO, location: str) -> TensorWriter:
     def write(constant: gs.Constant) -> TensorProto:
-        if tensor_nbytes(constant) < _SMALL_TENSOR or constant.dtype == object:
+        payload = payload_of(constant) if tensor_nbytes(constant) >= SMALL_TENSOR else None
+        if payload is None:
             return inline_tensor(constant)
-        source = constant._values
-        if isinstance(source, TensorSource):
-            raw: Any = source.inline().raw_data or array_to_tensor("", source.load()).raw_data
-        else:
-            raw = array_to_tensor("", source).raw_data
         file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
         offset = file.tell()
-        file.write(raw)
-        tensor = _outline(constant)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", location), ("offset", offset), ("length", len(raw))):
-            tensor.external_data.add(key=key, value=str(value))
-        return tensor
+        payload.write(file)
+        return outlined_tensor(constant, location=location, offset=offset, length=payload.size)
 
     return write
 
@@ -252,7 +260,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def load(source: str | Path | bytes | onnx.ModelProto | Model) -> Model:
     """Load a model from a file, from bytes or from a ModelProto; a Model is copied.
 
-    Weights are read when first used; external ones are mapped, so a model larger than memory can be opened.
+    The weights of a file are held once; external ones are mapped, so a model larger than memory can be opened. A
+    ModelProto is not changed, and its weights are copied when they are first used.
 
     Raises:
         ModelError: the file is missing, not ONNX, truncated, or its external data is missing, too short or outside of
@@ -263,13 +272,48 @@ def load(source: str | Path | bytes | onnx.ModelProto | Model) -> Model:
     if isinstance(source, onnx.ModelProto):
         return _from_proto(source, None, _no_external("<ModelProto>"))
     if isinstance(source, bytes):
-        return _from_proto(_parse(source, "<bytes>"), None, _no_external("<bytes>"))
+        return _load(source, lambda offset, size: np.frombuffer(source, np.uint8, size, offset), "<bytes>", None)
     path = Path(source)
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or not os.fstat(file.fileno()).st_size:
+                content = file.read()
+                return _load(content, lambda at, size: np.frombuffer(content, np.uint8, size, at), str(path), path)
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                return _load(mapped, functools.partial(_read_part, file), str(path), path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}).") from None
-    return _from_proto(_parse(content, str(path)), path, _external_finder(path))
+
+
+def _read_part(file: BinaryIO, offset: int, size: int) -> np.ndarray:
+    """A part of a file in memory of its own, so that it may go while others stay, shape (size,)."""
+    part = np.empty(size, np.uint8)
+    file.seek(offset)
+    if file.readinto(part.data) < size:  # type: ignore[attr-defined]
+        raise ModelError(f"{file.name}: became shorter while it was read.")
+    return part
+
+
+def _load(content: Buffer, part: Callable[[int, int], np.ndarray], name: str, path: Path | None) -> Model:
+    """Load a serialised model; ``part`` gives the bytes of a weight by offset and size."""
+    elsewhere = _no_external(name) if path is None else _external_finder(path)
+    skeleton, spans = outline(content, SMALL_TENSOR)
+    found: set[int] = set()
+
+    def find(tensor: TensorProto) -> TensorSource:
+        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        index = cut_index(location)
+        if index is None:
+            return elsewhere(tensor)
+        found.add(index)
+        del tensor.external_data[:]
+        tensor.ClearField("data_location")
+        return TensorSource(tensor, raw=part(*spans[index]))
+
+    model = _from_proto(_parse(skeleton, name), path, find)
+    if len(found) < len(spans):  # some lie where nobody makes a constant of them
+        model = _from_proto(_parse(content[:], name), path, elsewhere)
+    return model
 
 
 def _parse(content: bytes, name: str) -> onnx.ModelProto:
@@ -283,6 +327,7 @@ def _parse(content: bytes, name: str) -> onnx.ModelProto:
     return proto
 
 
+@uncollected()
 def _from_proto(proto: onnx.ModelProto, path: Path | None, external: Callable[[TensorProto], TensorSource]) -> Model:
     header = onnx.ModelProto()
     copy_fields(proto, header, frozenset({"graph", "functions"}))

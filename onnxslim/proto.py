@@ -276,15 +276,14 @@ class _Exporter:
         self.opset = opset
         self.write = write
 
-    def graph(self, graph: gs.Graph, visible: frozenset[int]) -> onnx.GraphProto:
-        proto = onnx.GraphProto()
+    def graph(self, graph: gs.Graph, visible: frozenset[int], proto: onnx.GraphProto) -> None:
         if "header" in graph.__dict__:
             proto.CopyFrom(graph.header)
         proto.name = graph.name
         constants = _constants(graph, visible)
         visible = visible | {id(constant) for constant in constants}
         for node in graph.nodes:
-            proto.node.append(self.node(node, visible))
+            self.node(node, visible, proto.node.add())
 
         infos = {tensor.name: self.input_info(tensor) for tensor in graph.inputs}
         dense = constants + [tensor.default for tensor in graph.inputs if "default" in tensor.__dict__]
@@ -317,7 +316,6 @@ class _Exporter:
         if len(kept) < len(proto.quantization_annotation):
             del proto.quantization_annotation[:]
             proto.quantization_annotation.extend(kept)
-        return proto
 
     def input_info(self, tensor: gs.Tensor) -> onnx.ValueInfoProto:
         return value_info(tensor) or onnx.ValueInfoProto(name=tensor.name)
@@ -346,8 +344,7 @@ class _Exporter:
                         yield info
         yield from graph.__dict__.get("stray_value_infos", ())
 
-    def node(self, node: gs.Node, visible: frozenset[int]) -> onnx.NodeProto:
-        proto = onnx.NodeProto()
+    def node(self, node: gs.Node, visible: frozenset[int], proto: onnx.NodeProto) -> None:
         if "header" in node.__dict__:
             proto.CopyFrom(node.header)
         proto.op_type = node.op
@@ -358,16 +355,18 @@ class _Exporter:
         proto.output.extend(tensor.name for tensor in node.outputs)
         docs = node.__dict__.get("attribute_docs", {})
         for name, value in node.attrs.items():
-            attribute = self.attribute(node, name, value, visible)
+            attribute = proto.attribute.add()
+            self.attribute(node, name, value, visible, attribute)
             if name in docs:
                 attribute.doc_string = docs[name]
-            proto.attribute.append(attribute)
-        return proto
 
-    def attribute(self, node: gs.Node, name: str, value: Any, visible: frozenset[int]) -> AttributeProto:
+    def attribute(
+        self, node: gs.Node, name: str, value: Any, visible: frozenset[int], attribute: AttributeProto
+    ) -> None:
         if isinstance(value, AttributeProto):
-            return value
-        attribute = AttributeProto(name=name)
+            attribute.CopyFrom(value)
+            return
+        attribute.name = name
         if isinstance(value, gs.Node.AttributeRef):
             attribute.ref_attr_name = value.name
             attribute.type = value.type
@@ -376,10 +375,10 @@ class _Exporter:
             attribute.t.CopyFrom(self.write(value))
         elif isinstance(value, gs.Graph):
             attribute.type = AttributeProto.GRAPH
-            attribute.g.CopyFrom(self.graph(value, visible))
+            attribute.g.SetInParent()
+            self.graph(value, visible, attribute.g)
         else:
-            attribute = helper.make_attribute(name, value, attr_type=self.attribute_type(node, name, value))
-        return attribute
+            attribute.CopyFrom(helper.make_attribute(name, value, attr_type=self.attribute_type(node, name, value)))
 
     def attribute_type(self, node: gs.Node, name: str, value: Any) -> int | None:
         """The type to write where the Python value does not tell: an empty list, or 1 where a float is meant."""
@@ -394,8 +393,7 @@ class _Exporter:
                 return None
         return known
 
-    def function(self, function: Function) -> onnx.FunctionProto:
-        proto = onnx.FunctionProto()
+    def function(self, function: Function, proto: onnx.FunctionProto) -> None:
         if "header" in function.__dict__:
             proto.CopyFrom(function.header)
         proto.name = function.name
@@ -408,7 +406,7 @@ class _Exporter:
             else:
                 proto.attribute_proto.append(default)
         for node in function.nodes:
-            proto.node.append(self.node(node, frozenset()))
+            self.node(node, frozenset(), proto.node.add())
         infos = []
         for tensor in function.tensors().values():
             if isinstance(tensor, gs.Variable) and not tensor.is_empty():
@@ -416,7 +414,6 @@ class _Exporter:
                 if info is not None:
                     infos.append(info)
         proto.value_info.extend([*infos, *function.__dict__.get("stray_value_infos", ())])
-        return proto
 
 
 def _constants(graph: gs.Graph, visible: frozenset[int]) -> list[gs.Constant]:
@@ -443,14 +440,32 @@ def _constants(graph: gs.Graph, visible: frozenset[int]) -> list[gs.Constant]:
 
 
 def export_graph(
-    graph: gs.Graph, *, ir_version: int, opset: int, write: TensorWriter = inline_tensor
+    graph: gs.Graph,
+    *,
+    ir_version: int,
+    opset: int,
+    write: TensorWriter = inline_tensor,
+    into: onnx.GraphProto | None = None,
 ) -> onnx.GraphProto:
-    """Export a main graph, subgraphs included; ``write`` says how the weights are written."""
-    return _Exporter(ir_version, opset, write).graph(graph, frozenset())
+    """Export a main graph, subgraphs included, into an empty message or a new one.
+
+    ``write`` says how the weights are written.
+    """
+    proto = onnx.GraphProto() if into is None else into
+    proto.SetInParent()
+    _Exporter(ir_version, opset, write).graph(graph, frozenset(), proto)
+    return proto
 
 
 def export_function(
-    function: Function, *, ir_version: int, opset: int, write: TensorWriter = inline_tensor
+    function: Function,
+    *,
+    ir_version: int,
+    opset: int,
+    write: TensorWriter = inline_tensor,
+    into: onnx.FunctionProto | None = None,
 ) -> onnx.FunctionProto:
-    """Export a local function."""
-    return _Exporter(ir_version, function.opset or opset, write).function(function)
+    """Export a local function into an empty message or a new one."""
+    proto = onnx.FunctionProto() if into is None else into
+    _Exporter(ir_version, function.opset or opset, write).function(function, proto)
+    return proto

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import os
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -19,6 +24,7 @@ from onnxslim.errors import ModelError
 __all__ = [
     "NO_SYMBOLS",
     "ExternalFile",
+    "Payload",
     "TensorSource",
     "TensorWriter",
     "array_to_tensor",
@@ -27,6 +33,8 @@ __all__ = [
     "declared_type",
     "inline_tensor",
     "make_constant",
+    "outlined_tensor",
+    "payload_of",
     "source_of",
     "tensor_nbytes",
     "value_info",
@@ -66,12 +74,19 @@ class TensorSource(LazyValues):  # type: ignore[misc]
         tensor: the TensorProto or SparseTensorProto.
         shape: dimensions, a tuple.
         dtype: NumPy dtype (``ml_dtypes`` for bfloat16, float8 and 4-bit types; object for strings).
-        external: where the bytes are, when they are not in the proto.
+        external: where the bytes are, when they lie in a file of their own.
+        raw: the bytes, shape (bytes,), when they were cut out of the model file; ``tensor`` then holds none.
     """
 
-    def __init__(self, tensor: TensorProto | onnx.SparseTensorProto, external: ExternalFile | None = None) -> None:
+    def __init__(
+        self,
+        tensor: TensorProto | onnx.SparseTensorProto,
+        external: ExternalFile | None = None,
+        raw: np.ndarray | None = None,
+    ) -> None:
         self.tensor = tensor
         self.external = external
+        self.raw = raw
         self.shape = tuple(tensor.dims)
         self.sparse = isinstance(tensor, onnx.SparseTensorProto)
         data_type = tensor.values.data_type if self.sparse else tensor.data_type
@@ -87,8 +102,7 @@ class TensorSource(LazyValues):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of the dense values as ONNX stores them (4-bit types packed in pairs)."""
-        count = int(np.prod(self.shape, dtype=np.int64))
-        return (count * _bits(self.dtype) + 7) // 8
+        return (math.prod(self.shape) * _bits(self.dtype) + 7) // 8
 
     def load(self) -> np.ndarray:
         """Return the values as a read-only array; a read-only view of the file where they lie outside the model."""
@@ -106,36 +120,151 @@ class TensorSource(LazyValues):  # type: ignore[misc]
     def _read(self) -> np.ndarray:
         if self.sparse:
             return _dense(self.tensor)
-        if self.external is not None and _bits(self.dtype) >= 8:
-            if self.external.length == 0:
-                return np.zeros(self.shape, self.dtype)
-            count = int(np.prod(self.shape, dtype=np.int64))
-            dtype = self.dtype.newbyteorder("<") if self.dtype.kind in "iufc" else self.dtype
-            mapped = np.memmap(
-                self.external.path, mode="r", offset=self.external.offset, dtype=np.uint8, shape=(self.external.length,)
-            )
-            return np.frombuffer(mapped, dtype=dtype, count=count).reshape(self.shape)
+        raw = self._mapped() if self.external is not None else self.raw
         try:
-            return np.asarray(onnx.numpy_helper.to_array(self.inline())).reshape(self.shape).view()
+            if raw is not None and _bits(self.dtype) >= 8 and self.dtype != object:
+                dtype = self.dtype.newbyteorder("<") if self.dtype.kind in "iufc" else self.dtype
+                return raw.view(dtype).reshape(self.shape)
+            tensor = self.tensor if raw is None else self.inline()
+            return np.asarray(onnx.numpy_helper.to_array(tensor)).reshape(self.shape).view()
         except (ValueError, TypeError) as error:
             raise ModelError(f"initializer {self.tensor.name!r}: its data does not fit its shape ({error}).") from None
+
+    def _mapped(self) -> np.ndarray:
+        """The bytes of external data, shape (bytes,), read from the file page by page when they are used."""
+        assert self.external is not None
+        path, offset, length = self.external.path, self.external.offset, self.external.length
+        if length == 0:
+            return np.empty(0, np.uint8)
+        return np.asarray(np.memmap(path, mode="r", offset=offset, dtype=np.uint8, shape=(length,)))
 
     def inline(self) -> TensorProto:
         """The tensor with its bytes inside the proto."""
         tensor = TensorProto()
         tensor.CopyFrom(self.tensor)
         if self.external is not None:
-            with self.external.path.open("rb") as file:
-                file.seek(self.external.offset)
-                tensor.raw_data = file.read(self.external.length)
+            tensor.raw_data = Payload(self.external.length, self.external).read()
             del tensor.external_data[:]
             tensor.ClearField("data_location")
+        elif self.raw is not None:
+            tensor.raw_data = self.raw.tobytes()
         return tensor
 
 
-def _bits(dtype: np.dtype) -> int:
-    import ml_dtypes
+# ------------------------------------------------------------------------------------------------- bytes of weights
 
+
+@dataclass(frozen=True)
+class Payload:
+    """The raw data of one tensor as a model file holds it, wherever it lies now.
+
+    Attributes:
+        size: in bytes.
+        place: a file, an array of shape (bytes,), or a TensorProto with raw data.
+    """
+
+    size: int
+    place: ExternalFile | np.ndarray | TensorProto
+
+    def read(self) -> bytes:
+        """The bytes, in memory.
+
+        Raises:
+            ModelError: the file is shorter than it was when the model was loaded.
+        """
+        if isinstance(self.place, ExternalFile):
+            with self.place.path.open("rb") as file:
+                file.seek(self.place.offset)
+                content = file.read(self.size)
+            if len(content) < self.size:
+                raise ModelError(f"{self.place.path}: became shorter while the model was in use; load it again.")
+            return content
+        return bytes(self.place.raw_data) if isinstance(self.place, TensorProto) else self.place.tobytes()
+
+    def write(self, file: BinaryIO) -> None:
+        """Append the bytes to a file; from another file they go there without passing through this process.
+
+        Raises:
+            ModelError: the file that they are in is shorter than it was when the model was loaded.
+        """
+        if isinstance(self.place, np.ndarray):
+            file.write(self.place.data)
+        elif not isinstance(self.place, ExternalFile) or not _copied(self.place, file):
+            file.write(self.read())
+
+
+def _copied(source: ExternalFile, file: BinaryIO) -> bool:
+    """Let the system copy a part of one file to the end of another; False where it cannot, and nothing is written."""
+    if not hasattr(os, "copy_file_range"):
+        return False
+    file.flush()
+    start = file.tell()
+    with source.path.open("rb") as origin:
+        done = 0
+        while done < source.length:
+            try:
+                count = os.copy_file_range(
+                    origin.fileno(), file.fileno(), source.length - done, source.offset + done, start + done
+                )
+            except OSError:
+                count = 0
+            if not count:
+                file.seek(start)
+                return False
+            done += count
+    file.seek(start + done)
+    return True
+
+
+def outlined_tensor(constant: gs.Constant, **external: str | int) -> TensorProto:
+    """The TensorProto of a constant without its values, and what it says of external data, such as the location."""
+    source = source_of(constant)
+    if source is not None and (source.external is not None or source.raw is not None):
+        tensor = TensorProto()
+        tensor.CopyFrom(source.tensor)
+        del tensor.external_data[:]
+        tensor.ClearField("data_location")
+    else:
+        data_type = helper.np_dtype_to_tensor_dtype(constant.dtype) if source is None else source.tensor.data_type
+        tensor = TensorProto(data_type=data_type, dims=constant.shape)
+        if source is not None:  # field by field, since whatever lists or copies them copies the weights as well
+            if source.tensor.HasField("name"):
+                tensor.name = source.tensor.name
+            if source.tensor.HasField("doc_string"):
+                tensor.doc_string = source.tensor.doc_string
+            tensor.metadata_props.extend(source.tensor.metadata_props)
+    if tensor.name != constant.name:
+        tensor.name = constant.name
+    if external:
+        tensor.data_location = TensorProto.EXTERNAL
+    for key, value in external.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def payload_of(constant: gs.Constant) -> Payload | None:
+    """The raw data of a constant; None where a file holds it in another way: strings, typed fields, sparse tensors."""
+    source = source_of(constant)
+    if source is None:
+        values = constant.values
+        if values.dtype == object or values.dtype.kind in "US":
+            return None
+        plain = _bits(values.dtype) >= 8 and values.dtype.isnative and sys.byteorder == "little"
+        if not plain:
+            tensor = array_to_tensor("", values)
+            return Payload(len(tensor.raw_data), tensor)
+        return Payload(values.nbytes, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    if source.external is not None:
+        return Payload(source.external.length, source.external)
+    if source.raw is not None:
+        return Payload(source.raw.size, source.raw)
+    if source.sparse or source.tensor.data_type == TensorProto.STRING or not source.tensor.HasField("raw_data"):
+        return None
+    return Payload(len(source.tensor.raw_data), source.tensor)
+
+
+@functools.cache
+def _bits(dtype: np.dtype) -> int:
     four = {np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)}
     four |= {np.dtype(getattr(ml_dtypes, name)) for name in ("float4_e2m1fn",) if hasattr(ml_dtypes, name)}
     two = {np.dtype(getattr(ml_dtypes, name)) for name in ("int2", "uint2") if hasattr(ml_dtypes, name)}
