@@ -150,11 +150,12 @@ class Model:
 
     # ------------------------------------------------------------------------------------------------------ saving
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, external_data: bool = False) -> None:
         """Write the model, whole or not at all.
 
-        Weights go into the file itself; into ``<name>.data`` beside it where one file cannot hold them (2 GB), or where
-        1 MB or more of them still are what was read from external data: who has kept them apart wants them apart.
+        Weights go into the file itself; into ``<name>.data`` beside it where ``external_data`` asks for it, where one
+        file cannot hold them (2 GB), or where 1 MB or more of them still are what was read from external data: who has
+        kept them apart wants them apart.
 
         Raises:
             OutputError: the folder does not exist or cannot be written, or the write would replace a file that this
@@ -164,7 +165,7 @@ class Model:
         path = Path(path)
         total = sum(tensor_nbytes(constant) for graph in self.graphs() for constant in _every_constant(graph))
         external = sum(source.external.length for source in self._sources() if source.external)
-        if total >= _SINGLE_FILE_LIMIT or external >= _WORTH_A_FILE:
+        if external_data or total >= _SINGLE_FILE_LIMIT or external >= _WORTH_A_FILE:
             self._save_beside(path)
             return
         payloads: list[Payload] = []
