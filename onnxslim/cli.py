@@ -44,16 +44,12 @@ def _emit(value: BaseModel | list[Any], *, as_json: bool, quiet: bool, printer: 
 
 
 def _shapes(values: list[str] | None) -> dict[str, list[int]]:
-    shapes: dict[str, list[int]] = {}
-    for value in values or []:
-        name, separator, sizes = value.rpartition("=")
-        try:
-            shapes[name] = [int(size) for size in sizes.split(",") if size.strip()]
-        except ValueError:
-            separator = ""
-        if not separator:
-            raise RecipeError(f"--shape {value}: write it as NAME=1,3,224,224.")
-    return shapes
+    from onnxslim.boundary import parse_shapes
+
+    try:
+        return parse_shapes(values or (), "=")
+    except RecipeError as error:
+        raise RecipeError(f"--shape {error}") from None
 
 
 def _pass_table(text: str) -> dict[str, Any]:
@@ -91,24 +87,64 @@ def _root(
 def slim(
     model: ModelFile,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="where to write the result")],
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", metavar="NAME=1,3,224,224", help="declare this shape for an input; repeatable"),
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input-name", metavar="TENSOR[:TYPE]", help="cut the model here, as an input; repeatable"),
+    ] = None,
+    outputs: Annotated[
+        list[str] | None,
+        typer.Option("--output-name", metavar="TENSOR[:TYPE]", help="cut the model here, as an output; repeatable"),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="fp16|fp32", help="convert the model to this float type")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="RULE", help="leave a rule out; repeatable; --explain names them")
+    ] = None,
     check: Annotated[bool, typer.Option(help="compare the outputs before and after in ONNX Runtime")] = True,
-    shape: Shapes = None,
+    check_input: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=1,3|NAME=FILE.npy", help="compare on this size, or array, of an input; repeatable"),
+    ] = None,
+    external_data: Annotated[
+        bool, typer.Option("--external-data", help="write the weights to OUTPUT.data, beside the model")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="list every rule that was applied or declined, where and why")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Simplify a model without changing what it computes."""
-    from onnxslim.measure import snapshot
-    from onnxslim.slim import check_output_file, simplify_model
+    from onnxslim.check_inputs import parse_check_inputs
+    from onnxslim.skipping import rules_to_skip
+    from onnxslim.slim import SlimOptions, slim_file
 
-    loaded = onnxslim.load(model)
-    check_output_file(loaded, output)
-    with show.progress_bar(Console(stderr=True), shown=not (quiet or as_json)) as progress:
-        run = simplify_model(loaded, model_check=check, input_shapes=_shapes(shape), progress=progress)
-        run.model.save(output)
-    before, after = snapshot(model, None, loaded), snapshot(output, None, run.model)
-    _emit(
-        [before, after], as_json=as_json, quiet=quiet, printer=lambda out, _: show.print_slim(out, before, after, run)
+    if check_input and not check:
+        raise RecipeError("--check-input: the check is switched off by --no-check.")
+    options = SlimOptions(
+        check=check,
+        check_inputs=parse_check_inputs(check_input or (), "="),
+        input_shapes=_shapes(shape),
+        inputs=inputs or (),
+        outputs=outputs or (),
+        dtype=dtype,
+        skip_rules=rules_to_skip(skip or ()),
     )
+    with show.progress_bar(Console(stderr=True), shown=not (quiet or as_json)) as progress:
+        run, found = slim_file(model, output, options, external_data=external_data, progress=progress)
+
+    def printer(console: Console, _: BaseModel) -> None:
+        from onnxslim.console_slim import explain as print_explanation
+        from onnxslim.console_slim import print_slim
+
+        print_slim(console, found.before, found.after, run)
+        if explain:
+            print_explanation(console, run)
+
+    _emit(found, as_json=as_json, quiet=quiet, printer=printer)
 
 
 @app.command()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -18,7 +17,6 @@ from onnxslim.goals import human_bytes
 from onnxslim.inspection import Inspection
 from onnxslim.passes import Pass
 from onnxslim.record import Latency, Record, Score, Snapshot, TargetEntry
-from onnxslim.slim import SlimRun
 from onnxslim.targets import TARGETS
 
 __all__ = [
@@ -27,7 +25,6 @@ __all__ = [
     "print_inspection",
     "print_passes",
     "print_record",
-    "print_slim",
     "print_targets",
     "print_targets_of",
     "progress_bar",
@@ -151,26 +148,6 @@ def _print_before_after(console: Console, before: Snapshot, after: Snapshot) -> 
     table.add_row(f"ONNX Runtime{threads}", _latency(before.latency), _latency(after.latency))
     table.add_row("peak memory", _optional_bytes(before.peak_memory_bytes), _optional_bytes(after.peak_memory_bytes))
     console.print(table)
-
-
-def print_slim(console: Console, before: Snapshot, after: Snapshot, run: SlimRun) -> None:
-    """The end of ``slim``: ops, nodes, parameters and bytes before and after, and what each pass did."""
-    table = _table("", "", "before", "after", right=("before", "after"))
-    table.add_row("size on disk", human_bytes(before.size_bytes), human_bytes(after.size_bytes))
-    table.add_row("nodes", str(before.nodes), str(after.nodes))
-    table.add_row("parameters", f"{before.parameters:,}", f"{after.parameters:,}")
-    for op in sorted(set(before.ops) | set(after.ops)):
-        old, new = before.ops.get(op, 0), after.ops.get(op, 0)
-        if old != new:
-            table.add_row(escape(op), str(old), str(new))
-    console.print(table)
-    for step in run.steps:
-        rules = Counter(change.rule for change in step.outcome.changes)
-        what = ", ".join(f"{rule} {count}" for rule, count in rules.most_common()) or "nothing to do"
-        if step.outcome.modified and not step.kept:
-            broken = next(check for check in step.checks if not check.ok)
-            what = f"[yellow]undone[/]: {escape(broken.name)}: {escape(broken.detail)}"
-        console.print(f"[bold]{step.name}[/]: {what}")
 
 
 def print_bench(console: Console, entries: list[BenchEntry]) -> None:

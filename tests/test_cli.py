@@ -29,11 +29,15 @@ def test_the_first_word_may_be_left_out_for_slim(command, small, tmp_path):
 
 def test_slim_says_the_same_to_machines(command, small, tmp_path):
     code, out, _ = command("slim", small / "model.onnx", tmp_path / "slim.onnx", "--json")
-    before, after = json.loads(out)
+    found = json.loads(out)
     assert code == 0
-    assert before["nodes"] == 9
-    assert after["nodes"] == 7
-    assert after["size_bytes"] == (tmp_path / "slim.onnx").stat().st_size
+    assert found["before"]["nodes"] == 9
+    assert found["after"]["nodes"] == 7
+    assert found["after"]["size_bytes"] == (tmp_path / "slim.onnx").stat().st_size
+    assert found["before"]["macs"] == found["after"]["macs"] > 0
+    assert {"rule", "node", "what"} == set(found["changes"][0])
+    assert {check["name"]: check["ok"] for check in found["checks"]}["outputs"]
+    assert found["kept"] and not found["undone"]
 
 
 def test_slim_in_python_returns_or_writes(small, tmp_path):

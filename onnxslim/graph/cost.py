@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_graphsurgeon as gs
 
@@ -17,16 +17,21 @@ __all__ = ["layer_costs", "node_count", "node_macs", "op_histogram", "parameter_
 
 
 def op_histogram(model: Model) -> dict[str, int]:
-    """How many nodes of each op the model has, subgraphs and functions included; most frequent first."""
-    ops = Counter(
-        f"{node.domain}.{node.op}" if node.domain else node.op for graph in model.graphs() for node in graph.nodes
-    )
+    """How many nodes of each op the model has, subgraphs and functions included; most frequent first.
+
+    Constant nodes are left out: an initializer is another way to write one.
+    """
+    ops = Counter(f"{node.domain}.{node.op}" if node.domain else node.op for node in _counted(model))
     return dict(sorted(ops.items(), key=lambda item: (-item[1], item[0])))
 
 
 def node_count(model: Model) -> int:
-    """How many nodes the model has, subgraphs and functions included."""
-    return sum(len(graph.nodes) for graph in model.graphs())
+    """How many nodes the model has, subgraphs and functions included, Constant nodes not."""
+    return sum(1 for _ in _counted(model))
+
+
+def _counted(model: Model) -> Iterator[gs.Node]:
+    return (node for graph in model.graphs() for node in graph.nodes if node.op != "Constant" or node.domain)
 
 
 def parameter_count(model: Model) -> int:
