@@ -91,6 +91,15 @@ class Model:
             bodies = [value for node in graph.nodes for value in node.attrs.values() if isinstance(value, gs.Graph)]
             stack.extend(reversed(bodies))
 
+    def constants(self) -> Iterator[gs.Constant]:
+        """Yield every constant once: initializers, tensors in attributes, defaults of inputs."""
+        seen: set[int] = set()
+        for graph in self.graphs():
+            for constant in _constants_of(graph):
+                if id(constant) not in seen:
+                    seen.add(id(constant))
+                    yield constant
+
     def fresh_name(self, hint: str) -> str:
         """Return ``hint``, or ``hint`` with a number, such that no tensor or node of the model has that name."""
         if self._names is None:
@@ -163,11 +172,24 @@ class Model:
             ModelError: a file with external weights has become shorter since the model was loaded.
         """
         path = Path(path)
-        total = sum(tensor_nbytes(constant) for graph in self.graphs() for constant in _every_constant(graph))
+        total = sum(tensor_nbytes(constant) for constant in self.constants())
         external = sum(source.external.length for source in self._sources() if source.external)
         if external_data or total >= _SINGLE_FILE_LIMIT or external >= _WORTH_A_FILE:
             self._save_beside(path)
             return
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            for piece in self._pieces():
+                if isinstance(piece, bytes):
+                    file.write(piece)
+                else:
+                    piece.write(file)
+
+    def to_bytes(self) -> bytes:
+        """Return the model serialised, with all weights inside: :meth:`to_proto` without protobuf's own copies."""
+        return b"".join(piece if isinstance(piece, bytes) else piece.read() for piece in self._pieces())
+
+    def _pieces(self) -> Iterator[bytes | Payload]:
+        """Yield what a file with all weights inside consists of."""
         payloads: list[Payload] = []
 
         def write(constant: gs.Constant) -> TensorProto:
@@ -180,12 +202,8 @@ class Model:
             return tensor
 
         skeleton = self.export(write).SerializeToString()
-        with atomic_write(path) as temporary, temporary.open("wb") as file:
-            for piece in splice(skeleton, [payload.size for payload in payloads]):
-                if isinstance(piece, bytes):
-                    file.write(piece)
-                else:
-                    payloads[piece].write(file)
+        for piece in splice(skeleton, [payload.size for payload in payloads]):
+            yield piece if isinstance(piece, bytes) else payloads[piece]
 
     def _save_beside(self, path: Path) -> None:
         """Write the model with its large weights in a file beside it."""
@@ -200,25 +218,20 @@ class Model:
             temporary.write_bytes(self.export(_external_writer(file, data_path.name)).SerializeToString())
 
     def _sources(self) -> Iterator[TensorSource]:
-        for graph in self.graphs():
-            for constant in _every_constant(graph):
-                source = source_of(constant)
-                if source is not None:
-                    yield source
+        for constant in self.constants():
+            source = source_of(constant)
+            if source is not None:
+                yield source
 
 
-def _every_constant(graph: gs.Graph) -> Iterator[gs.Constant]:
-    """Yield every constant of one graph once: initializers, tensors in attributes, defaults of inputs."""
-    seen: set[int] = set()
+def _constants_of(graph: gs.Graph) -> Iterator[gs.Constant]:
+    """Yield the constants that one graph defines or uses, some more than once."""
     candidates: list[Any] = list(graph.__dict__.get("initializers", ()))
     candidates += [tensor.default for tensor in graph.inputs if "default" in tensor.__dict__]
     for node in graph.nodes:
-        candidates += [*node.inputs, *(value for value in node.attrs.values() if isinstance(value, gs.Constant))]
+        candidates += [*node.inputs, *node.attrs.values()]
     candidates += graph.outputs
-    for tensor in candidates:
-        if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield tensor
+    yield from (tensor for tensor in candidates if isinstance(tensor, gs.Constant))
 
 
 def _external_writer(file: BinaryIO, location: str) -> TensorWriter:

@@ -28,7 +28,8 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnxslim.errors import ModelError
 from onnxslim.model import Model, load
 from onnxslim.record import Latency
-from onnxslim.tensors import NO_SYMBOLS
+from onnxslim.staging import EXOTIC_TYPES, Staged
+from onnxslim.tensors import NO_SYMBOLS, tensor_nbytes
 
 __all__ = [
     "Feed",
@@ -53,7 +54,10 @@ Feed = dict[str, np.ndarray]
 """One inference: input (or output) name -> array. Sequence outputs are lists of arrays."""
 
 Kind: TypeAlias = Literal["tensor", "sequence", "optional", "map"]
-ModelSource: TypeAlias = Model | Path | str | bytes | onnx.ModelProto
+Whole: TypeAlias = Model | Path | str | bytes | onnx.ModelProto
+"""A model with its weights."""
+
+ModelSource: TypeAlias = Whole | Staged
 
 
 class Runner(Protocol):
@@ -114,17 +118,20 @@ class Session:
         """Load a model; a file is loaded as it is, so that what is measured is what is shipped.
 
         Args:
-            model: a model, its file or its protobuf. A protobuf is not changed; its IR version is capped on the way.
+            model: a model, its file or its protobuf. None is changed; the IR version is capped on the way.
             threads: threads inside one operator; 0: as many as there are cores.
             outputs: tensors of the main graph to fetch instead of the outputs, inner ones included.
-            optimize: False switches ONNX Runtime's graph optimisations off.
+            optimize: False runs the graph as it stands, without ONNX Runtime's optimisations and caches, and without a
+                copy of a :class:`Model`'s weights: quick to load and small, for a few runs.
 
         Raises:
             ModelError: ONNX Runtime cannot load the model, or ``outputs`` names no tensor of its main graph.
         """
         self.threads = threads
-        self._name = str(model) if isinstance(model, (str, Path)) else str(getattr(model, "path", None) or "the model")
+        named = model.model if isinstance(model, Staged) else model
+        self._name = str(named) if isinstance(named, (str, Path)) else str(getattr(named, "path", None) or "the model")
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._kept: Any = None
         self._session = self._load(model, outputs, optimize=optimize)
         arguments = self._session.get_inputs()
         defaults = self._session.get_overridable_initializers()
@@ -150,15 +157,10 @@ class Session:
         Raises:
             ModelError: the feed does not fit the model, or an operator fails; the message names operator and node.
         """
-        import onnxruntime
-
-        values: dict[str, Any] = {}
-        for name, value in feed.items():
-            code = _EXOTIC.get(value.dtype.name) if isinstance(value, np.ndarray) else None
-            if code is not None:
-                raw = np.ascontiguousarray(value).view(np.uint8 if value.dtype.itemsize == 1 else np.uint16)
-                value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, code)
-            values[name] = value
+        values = {
+            name: _ort_value(value) if isinstance(value, np.ndarray) and value.dtype.name in EXOTIC_TYPES else value
+            for name, value in feed.items()
+        }
         try:
             results = self._session.run(self.output_names, values)
         except Exception as error:  # ONNX Runtime's own exception types share no base below Exception
@@ -166,6 +168,31 @@ class Session:
         return dict(zip(self.output_names, results, strict=True))
 
     def _load(self, model: ModelSource, outputs: Sequence[str] | None, *, optimize: bool) -> Any:
+        import onnxruntime
+
+        whole = model.model if isinstance(model, Staged) else model
+        staged: Staged | None = None
+        if isinstance(whole, Model) and not optimize:  # optimisations would read the weights where they are not
+            staged = model if isinstance(model, Staged) else Staged(whole)
+        extra = onnx.ModelProto()
+        if outputs is not None:
+            extra.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._inner(whole, outputs))
+        while True:
+            options = self._options(optimize=optimize)
+            try:
+                source = self._source(whole, extra, options) if staged is None else self._shared(staged, extra, options)
+                return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # as above
+                if isinstance(error, ModelError):
+                    raise
+                if "Unsupported model IR version" in str(error) and not extra.ir_version:
+                    extra.ir_version = max_ir_version()
+                elif staged is not None:
+                    staged = None  # what is wrong with the model itself is said of the whole
+                else:
+                    raise ModelError(f"{self._name}: {_reason(error)}") from None
+
+    def _options(self, *, optimize: bool) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -177,21 +204,27 @@ class Session:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        extra = onnx.ModelProto()
-        if outputs is not None:
-            extra.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._inner(model, outputs))
-        while True:
-            try:
-                source = self._source(model, extra, options)
-                return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # as above
-                if isinstance(error, ModelError):
-                    raise
-                if "Unsupported model IR version" not in str(error) or extra.ir_version:
-                    raise ModelError(f"{self._name}: {_reason(error)}") from None
-                extra.ir_version = max_ir_version()
+            # Such a session runs a few times: waiting workers, weights in a second layout and memory kept for the
+            # next run would not pay.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False
+            options.enable_mem_pattern = False
+        return options
 
-    def _source(self, model: ModelSource, extra: onnx.ModelProto, options: Any) -> str | bytes:
+    def _shared(self, staged: Staged, extra: onnx.ModelProto, options: Any) -> str:
+        """The path of a model without weights, which ``options`` then takes from memory, where they stay."""
+        self._kept = [staged, {name: _ort_value(values) for name, values in staged.weights.items()}]
+        for name, value in self._kept[1].items():
+            options.add_initializer(name, value)
+        appendix = extra.SerializeToString()
+        if not appendix:
+            return str(staged.path)
+        path = staged.path.with_name("session.onnx")
+        path.write_bytes(staged.path.read_bytes() + appendix)
+        return str(path)
+
+    def _source(self, model: Whole, extra: onnx.ModelProto, options: Any) -> str | bytes:
         """What to hand to ONNX Runtime: a path, or bytes.
 
         ``extra`` is merged by appending it: protobuf defines the concatenation of two messages as their merge, so the
@@ -212,8 +245,8 @@ class Session:
             return bytes(model) + appendix
         try:
             if not too_large(model):
-                proto = model.to_proto() if isinstance(model, Model) else model
-                return bytes(proto.SerializeToString()) + appendix
+                content = model.to_bytes() if isinstance(model, Model) else model.SerializeToString()
+                return bytes(content) + appendix
         except EncodeError:  # its weights are not where too_large counts them
             pass
         if self._folder is None:
@@ -223,25 +256,31 @@ class Session:
         (path / "session.onnx").write_bytes((path / "model.onnx").read_bytes() + appendix)
         return str(path / "session.onnx")
 
-    def _inner(self, model: ModelSource, outputs: Sequence[str]) -> list[str]:
+    def _inner(self, model: Whole, outputs: Sequence[str]) -> list[str]:
         """Which of the wanted tensors are not outputs of the model yet."""
-        graph = _skeleton(model).graph
-        known = {name for node in graph.node for name in node.output}
-        known |= {value.name for value in (*graph.input, *graph.initializer)}
-        known |= {value.values.name for value in graph.sparse_initializer}
+        if isinstance(model, Model):
+            known = {tensor.name for node in model.graph.nodes for tensor in (*node.inputs, *node.outputs)}
+            known.update(tensor.name for tensor in (*model.graph.inputs, *model.graph.__dict__.get("initializers", ())))
+            declared = {tensor.name for tensor in model.graph.outputs}
+        else:
+            graph = _parsed(model).graph
+            known = {name for node in graph.node for name in node.output}
+            known |= {value.name for value in (*graph.input, *graph.initializer)}
+            known |= {value.values.name for value in graph.sparse_initializer}
+            declared = {value.name for value in graph.output}
         missing = [name for name in outputs if name not in known or not name]
         if missing:
             raise ModelError(f"{self._name}: the main graph has no tensor {missing[0]!r} to fetch.")
-        declared = {value.name for value in graph.output}
         return [name for name in dict.fromkeys(outputs) if name not in declared]
 
 
 def too_large(model: Model | onnx.ModelProto) -> bool:
-    """Whether the main graph holds more weights than one protobuf message can, found without reading them."""
-    graph = _skeleton(model).graph
+    """Whether the model holds more weights than one protobuf message can, found without reading them."""
+    if isinstance(model, Model):
+        return sum(tensor_nbytes(constant) for constant in model.constants()) >= _MESSAGE_LIMIT
     sizes = (
         np.prod(tensor.dims, dtype=np.float64) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        for tensor in graph.initializer
+        for tensor in model.graph.initializer
         if tensor.data_type not in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING)
     )
     return bool(sum(sizes) >= _MESSAGE_LIMIT)
@@ -277,10 +316,8 @@ def max_ir_version() -> int:
     return 7
 
 
-def _skeleton(model: ModelSource) -> onnx.ModelProto:
-    """The structure of a model; weights are there or not."""
-    if isinstance(model, Model):
-        return model.to_skeleton()
+def _parsed(model: Path | str | bytes | onnx.ModelProto) -> onnx.ModelProto:
+    """The structure of a model; external weights are not there."""
     if isinstance(model, onnx.ModelProto):
         return model
     try:
@@ -294,21 +331,29 @@ def _skeleton(model: ModelSource) -> onnx.ModelProto:
 
 def _declared_ranks(model: ModelSource) -> dict[str, bool]:
     """Input name -> whether its rank is declared. ONNX Runtime shows a scalar and an unknown rank alike, as []."""
-    return {value.name: value.type.tensor_type.HasField("shape") for value in _skeleton(model).graph.input}
+    if isinstance(model, Staged):
+        model = model.model
+    if isinstance(model, Model):
+        return {tensor.name: tensor.shape is not None for tensor in model.graph.inputs}
+    return {value.name: value.type.tensor_type.HasField("shape") for value in _parsed(model).graph.input}
+
+
+def _ort_value(values: np.ndarray) -> Any:
+    """An array for ONNX Runtime, which uses the memory as it is; both must outlive the session."""
+    import onnxruntime
+
+    values = np.ascontiguousarray(values).reshape(values.shape)
+    code = EXOTIC_TYPES.get(values.dtype.name)
+    if code is None:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(values)
+    raw = values.view(np.uint8 if values.dtype.itemsize == 1 else np.uint16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, code)
 
 
 _NUMPY_TYPES = {
     "float": "float32",
     "double": "float64",
     "string": "object",
-}
-# Types that NumPy only has through ml_dtypes, with their ONNX numbers: ONNX Runtime takes them as raw bits.
-_EXOTIC = {
-    "bfloat16": onnx.TensorProto.BFLOAT16,
-    "float8_e4m3fn": onnx.TensorProto.FLOAT8E4M3FN,
-    "float8_e4m3fnuz": onnx.TensorProto.FLOAT8E4M3FNUZ,
-    "float8_e5m2": onnx.TensorProto.FLOAT8E5M2,
-    "float8_e5m2fnuz": onnx.TensorProto.FLOAT8E5M2FNUZ,
 }
 
 

@@ -102,7 +102,8 @@ class TensorSource(LazyValues):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of the dense values as ONNX stores them (4-bit types packed in pairs)."""
-        return (math.prod(self.shape) * _bits(self.dtype) + 7) // 8
+        count: int = math.prod(self.shape)
+        return (count * _bits(self.dtype) + 7) // 8
 
     def load(self) -> np.ndarray:
         """Return the values as a read-only array; a read-only view of the file where they lie outside the model."""
@@ -124,7 +125,8 @@ class TensorSource(LazyValues):  # type: ignore[misc]
         try:
             if raw is not None and _bits(self.dtype) >= 8 and self.dtype != object:
                 dtype = self.dtype.newbyteorder("<") if self.dtype.kind in "iufc" else self.dtype
-                return raw.view(dtype).reshape(self.shape)
+                array: np.ndarray = raw.view(dtype).reshape(self.shape)
+                return array
             tensor = self.tensor if raw is None else self.inline()
             return np.asarray(onnx.numpy_helper.to_array(tensor)).reshape(self.shape).view()
         except (ValueError, TypeError) as error:

@@ -4,8 +4,10 @@ import time
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime
 import pytest
-from onnx import parser
+from onnx import TensorProto, helper, numpy_helper, parser
 
 from onnxslim.errors import ModelError
 from onnxslim.model import load
@@ -231,3 +233,81 @@ def test_environment_is_text_and_loads_no_tvm():
     assert all(isinstance(value, str) and value for value in found.values())
     assert found["numpy"] == np.__version__
     assert {"cpu", "cpu features", "cores", "load", "memory", "apache-tvm", "onnxruntime", "system"} <= set(found)
+
+
+# ------------------------------------------------------------------------------------------------------ shared weights
+
+
+def _weighted(dtype=TensorProto.FLOAT, size=40, ir_version=9):
+    """y = x @ w, z = x @ v in one branch of an If and x @ u in the other; the bodies have weights of their own."""
+    array = np.random.default_rng(0).standard_normal((size, size)).astype(helper.tensor_dtype_to_np_dtype(dtype))
+
+    def branch(name, scale, weight):
+        values = numpy_helper.from_array((array * scale).astype(array.dtype), weight)
+        out = helper.make_tensor_value_info(name, dtype, None)
+        return helper.make_graph([helper.make_node("MatMul", ["x", weight], [name])], name, [], [out], [values])
+
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+        helper.make_node("If", ["c"], ["z"], then_branch=branch("a", 2, "v"), else_branch=branch("b", 3, "v")),
+    ]
+    inputs = [helper.make_tensor_value_info("x", dtype, ["N", size]), helper.make_tensor_value_info("c", 9, [])]
+    if ir_version < 4:
+        inputs.append(helper.make_tensor_value_info("w", dtype, [size, size]))
+    outputs = [helper.make_tensor_value_info(name, dtype, None) for name in "yz"]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, [numpy_helper.from_array(array, "w")])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=ir_version)
+    return proto, array
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT32])
+@pytest.mark.parametrize("source", ["proto", "bytes", "file", "external"])
+def test_a_plain_session_of_a_model_gives_what_onnx_runtime_gives(tmp_path, kind, source):
+    """Weights shared from a file, an external file, bytes that are not aligned, or a proto; also where names repeat."""
+    proto, array = _weighted(kind)
+    path = tmp_path / "m.onnx"
+    onnx.save(proto, path, save_as_external_data=source == "external", size_threshold=0)
+    loaded = load({"proto": proto, "bytes": path.read_bytes()}.get(source, path))
+    session = Session(loaded, optimize=False)
+    for flag in (True, False):
+        feed = {"x": np.ones((2, 40), array.dtype), "c": np.array(flag)}
+        expected = onnxruntime.InferenceSession(path).run(None, feed)
+        for one, other in zip(expected, session.run(feed).values(), strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-2 if kind == TensorProto.FLOAT16 else 1e-5, atol=1e-2)
+
+
+def test_a_plain_session_uses_the_weights_where_they_are():
+    proto, _ = _weighted()
+    loaded = load(proto)
+    weights = np.ones((40, 40), np.float32)
+    loaded.graph.nodes[0].inputs[1] = gs.Constant("w", weights)
+    session = Session(loaded, optimize=False)
+    feed = {"x": np.ones((1, 40), np.float32), "c": np.array(True)}
+    assert session.run(feed)["y"][0, 0] == 40
+    weights[:] = 2  # nobody may do this, but it shows that there is no copy
+    assert session.run(feed)["y"][0, 0] == 80
+
+
+def test_old_files_and_odd_weights_load_plainly():
+    old, array = _weighted(ir_version=3)
+    feed = {"x": np.ones((1, 40), np.float32), "c": np.array(True)}
+    np.testing.assert_allclose(Session(load(old), optimize=False).run(feed)["y"], feed["x"] @ array, atol=1e-4)
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[N, 4096] x) => (float[N, 4096] y, string[600] s)
+    { d = DequantizeLinear<axis = 0>(q, scale) y = Add(x, d) s = Identity(t) }"""
+    proto = model(text)
+    proto.graph.initializer.extend(
+        (
+            TensorProto(name="q", data_type=TensorProto.INT4, dims=[4096], raw_data=b"\xc3" * 2048),
+            numpy_helper.from_array(np.array(["a"] * 600, object), "t"),
+            numpy_helper.from_array(np.full(4096, 0.5, np.float32), "scale"),
+        )
+    )
+    odd = Session(load(proto), optimize=False).run({"x": np.zeros((1, 4096), np.float32)})
+    assert odd["y"][0, :2].tolist() == [1.5, -2] and odd["s"].tolist() == ["a"] * 600
+
+
+def test_an_initializer_that_does_not_fit_its_shape_is_named():
+    proto, _ = _weighted()
+    proto.graph.initializer[0].dims[0] = 41
+    with pytest.raises(ModelError, match="initializer 'w': its data does not fit its shape"):
+        Session(load(proto.SerializeToString()), optimize=False)
