@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import AttributeProto
 
+from onnxslim.graph.fact_rules import fixed_integers
+from onnxslim.graph.facts import Facts, has_plain_attributes
 from onnxslim.graph.purity import functions_of, impurity, is_removable, is_standard
-from onnxslim.graph.shapes import infer_shapes
+from onnxslim.graph.symbols import Element
 from onnxslim.graph.walk import constant_value, subgraphs
 from onnxslim.model import Model
 
-__all__ = ["Rewriter", "Scope"]
+__all__ = ["Rewriter", "Scope", "has_plain_attributes"]
 
 
 @dataclass(eq=False)
@@ -49,24 +50,25 @@ class Rewriter:
 
     Attributes:
         model: the model.
-        shapes: dtypes and shapes as they were at the start; rewrites never change what a tensor holds.
+        facts: dtypes, shapes and small integer values, kept right while nodes change.
         scopes: every scope, outer before inner.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.shapes = infer_shapes(model)
+        self.facts = Facts(model)
         self.functions = functions_of(model.graph)
         self.scopes: list[Scope] = []
         self._scope: dict[int, Scope] = {}
         self._home: dict[int, Scope] = {}
-        self._order: dict[int, int] = {}
+        self._order: dict[int, float] = {}
         self._bodies: dict[int, list[Scope]] = {}
         self._outputs: dict[int, list[Scope]] = {}
         self._removed: dict[int, gs.Node] = {}
         self._keep: list[gs.Tensor] = []  # ids stay unique only while their objects live
         self._queue: deque[gs.Node] = deque()
         self._queued: set[int] = set()
+        self._stale: set[int] = set()
         self._constants: dict[tuple[int, str, bytes, tuple[int, ...]], gs.Tensor] = {}
         self._enter(model.graph, None, in_function=False, opset=model.opset)
         for function in model.graph.functions:
@@ -109,6 +111,15 @@ class Rewriter:
                 if id(node) not in self._removed:
                     yield node
 
+    def constants(self) -> Iterator[gs.Constant]:
+        """Yield every constant that nodes read or hold, once."""
+        seen: set[int] = set()
+        for node in self.nodes():
+            for tensor in (*node.inputs, *node.attrs.values()):
+                if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield tensor
+
     def is_alive(self, node: gs.Node) -> bool:
         """Whether the node has not been removed."""
         return id(node) not in self._removed
@@ -121,7 +132,7 @@ class Rewriter:
         """The version of the default domain that holds for a node."""
         return self._scope[id(node)].opset
 
-    def order(self, node: gs.Node) -> int:
+    def order(self, node: gs.Node) -> float:
         """The place of a node: within one graph, producers have lower numbers."""
         return self._order[id(node)]
 
@@ -158,17 +169,29 @@ class Rewriter:
         return impurity(node, self.opset(node), self.functions)
 
     def dtype(self, tensor: gs.Tensor) -> np.dtype | None:
-        """The dtype of a tensor, None when unknown."""
-        known: np.dtype | None = self.shapes.dtype(tensor)
-        return known
+        """The dtype of a tensor; None when unknown, and for sequences."""
+        fact = self.facts.of(tensor)
+        return None if fact.sequence else fact.dtype
 
-    def shape(self, tensor: gs.Tensor) -> list[int | str | None] | None:
-        """The shape of a tensor, None when not even the rank is known."""
-        return self.shapes.shape(tensor)
+    def shape(self, tensor: gs.Tensor) -> list[Element] | None:
+        """The shape of a tensor, None when not even the rank is known.
+
+        Sizes are integers or symbolic; equal ones are equal for every input.
+        """
+        shape = self.facts.of(tensor).shape
+        return None if shape is None else list(shape)
+
+    def static_shape(self, tensor: gs.Tensor) -> list[int] | None:
+        """The shape of a tensor when every size is a known integer."""
+        shape = self.facts.of(tensor).shape
+        if shape is None:
+            return None
+        sizes = [size for size in shape if isinstance(size, int)]
+        return sizes if len(sizes) == len(shape) else None
 
     def rank(self, tensor: gs.Tensor) -> int | None:
         """The rank of a tensor, None when unknown."""
-        shape = self.shapes.shape(tensor)
+        shape = self.facts.of(tensor).shape
         return None if shape is None else len(shape)
 
     def constant(self, tensor: gs.Tensor, limit: int | None = None) -> np.ndarray | None:
@@ -179,14 +202,8 @@ class Rewriter:
         return None if value is None or (limit is not None and value.size > limit) else value
 
     def integers(self, node: gs.Node, index: int, attribute: str | None = None) -> list[int] | None:
-        """A list of integers from an attribute or from a constant input, wherever the node's version has it."""
-        if attribute is not None and attribute in node.attrs:
-            value = node.attrs[attribute]
-            return [int(item) for item in value] if isinstance(value, list) else None
-        if len(node.inputs) <= index or node.inputs[index].is_empty():
-            return None
-        array = self.constant(node.inputs[index], limit=4096)
-        return None if array is None or array.dtype.kind not in "iu" else [int(item) for item in array.reshape(-1)]
+        """A list of integers from an attribute or from a known input, wherever the node's version has it."""
+        return fixed_integers(self.facts, node, index, attribute)
 
     # ------------------------------------------------------------------------------------------------------- edits
 
@@ -209,7 +226,7 @@ class Rewriter:
         list.__setitem__(node.inputs, index, tensor)
         list.append(tensor.outputs, node)
         self._wake_producers(old)
-        self.wake(node)
+        self._touch(node)
         self._wake_producers(tensor)
 
     def cut_inputs(self, node: gs.Node, count: int) -> None:
@@ -223,6 +240,7 @@ class Rewriter:
         """Append an input to a node."""
         list.append(node.inputs, tensor)
         list.append(tensor.outputs, node)
+        self._touch(node)
 
     def rewrite(self, node: gs.Node, op: str, attrs: dict[str, Any], inputs: Sequence[gs.Tensor]) -> None:
         """Turn a node into another one with the same outputs."""
@@ -233,9 +251,41 @@ class Rewriter:
         self.cut_inputs(node, 0)
         for tensor in wanted:
             self.add_input(node, tensor)
-        self.wake(node)
         for tensor in node.outputs:
             self._wake_users(tensor)
+
+    def set_attributes(self, node: gs.Node, **attrs: Any) -> None:
+        """Change attributes of a node; None removes one."""
+        merged = {**node.attrs, **attrs}
+        node.attrs = {name: value for name, value in merged.items() if value is not None}
+        self._touch(node)
+        for tensor in node.outputs:
+            self._wake_users(tensor)
+
+    def insert_before(
+        self, node: gs.Node, op: str, attrs: dict[str, Any], inputs: Sequence[gs.Tensor], hint: str = ""
+    ) -> gs.Tensor:
+        """Put a new node of one output right before another one and return what it makes."""
+        scope = self._scope[id(node)]
+        hint = hint or node.outputs[0].name
+        result = gs.Variable(self.model.fresh_name(f"{hint}_{op.lower()}"))
+        new = gs.Node(op, self.model.fresh_name(f"{node.name or hint}_{op.lower()}"), dict(attrs), [], [result])
+        nodes = scope.graph.nodes
+        place = next(index for index, each in enumerate(nodes) if each is node)
+        list.insert(nodes, place, new)
+        below = self._order[id(nodes[place - 1])] if place else self._order[id(node)] - 1
+        self._order[id(new)] = (below + self._order[id(node)]) / 2
+        self._scope[id(new)] = scope
+        self._home[id(result)] = scope
+        scope.names[result.name] = id(result)
+        self._keep.append(result)
+        for tensor in inputs:
+            list.append(new.inputs, tensor)
+            list.append(tensor.outputs, new)
+            self._wake_producers(tensor)
+        self.facts.adopt(new, scope.opset)
+        self.wake(new)
+        return result
 
     def can_replace(self, old: gs.Tensor, new: gs.Tensor) -> bool:
         """Whether :meth:`replace` can make everyone read ``new`` instead of ``old``."""
@@ -265,12 +315,13 @@ class Rewriter:
             home.names.pop(new.name, None)
             self.wake(producer)
             old, new = new, old
+        self.facts.learn(new, self.facts.of(old))
         for user in list(old.outputs):
             for index, tensor in enumerate(user.inputs):
                 if tensor is old:
                     list.__setitem__(user.inputs, index, new)
                     list.append(new.outputs, user)
-            self.wake(user)
+            self._touch(user)
         list.clear(old.outputs)
         self._wake_producers(old)
         self._wake_producers(new)
@@ -313,7 +364,17 @@ class Rewriter:
         list.append(unread.inputs, node)
         list.clear(tensor.inputs)
         self._keep.append(unread)
+        self.facts.learn(unread, self.facts.of(tensor))
+        self._home[id(unread)] = self._scope[id(node)]
         self.wake(node)
+        for user in tensor.outputs:
+            self._touch(user)
+
+    def make_initializer(self, tensor: gs.Tensor, values: Any) -> None:
+        """Give a tensor a value of its own under its name; its producer is left without it."""
+        self.detach(tensor.inputs[0], tensor)
+        tensor.to_constant(values)
+        tensor._export_dtype = None
 
     def remove_if_dead(self, node: gs.Node) -> bool:
         """Remove a node of which nothing is read, unless it may act by side effect."""
@@ -328,8 +389,9 @@ class Rewriter:
         Small ones of equal value are made once per scope.
         """
         values = np.ascontiguousarray(values).reshape(values.shape)
-        key = (id(scope), values.dtype.name, values.tobytes() if values.nbytes <= 1024 else b"", values.shape)
-        if values.nbytes <= 1024 and key in self._constants:
+        small = values.nbytes <= 1024 and values.dtype != object
+        key = (id(scope), values.dtype.name, values.tobytes() if small else b"", values.shape)
+        if small and key in self._constants:
             return self._constants[key]
         constant = gs.Constant(self.model.fresh_name(hint), values)
         tensor: gs.Tensor = constant
@@ -340,7 +402,7 @@ class Rewriter:
         scope.names[tensor.name] = id(tensor)
         self._home[id(tensor)] = scope
         self._keep.append(tensor)
-        if values.nbytes <= 1024:
+        if small:
             self._constants[key] = tensor
         return tensor
 
@@ -348,6 +410,7 @@ class Rewriter:
         """Put a new node without inputs before all others of a scope."""
         scope.prologue.append(node)
         self._scope[id(node)] = scope
+        self.facts.adopt(node, scope.opset)
         self._order[id(node)] = -1
         for tensor in node.outputs:
             scope.names[tensor.name] = id(tensor)
@@ -385,6 +448,11 @@ class Rewriter:
         for result, tensor in zip(results, body.outputs, strict=True):
             copy = gs.Node("Identity", self.model.fresh_name(f"{result.name}_copy"), {}, [tensor], [result])
             self._order[id(copy)] = max((self._order[id(each)] for each in members), default=self._order[id(node)])
+            self._scope[id(copy)] = scope
+            self.facts.adopt(copy, scope.opset)
+            self._touch(copy)
+            for user in result.outputs:
+                self._touch(user)
             members.append(copy)
         for each in members:
             self._scope[id(each)] = scope
@@ -412,6 +480,11 @@ class Rewriter:
             self._queued.add(id(node))
             self._queue.append(node)
 
+    def _touch(self, node: gs.Node) -> None:
+        """Have a node that reads or does something else looked at again, and what is true of its results."""
+        self._stale.add(id(node))
+        self.wake(node)
+
     def _wake_producers(self, tensor: gs.Tensor) -> None:
         for node in tensor.inputs:
             self.wake(node)
@@ -425,16 +498,15 @@ class Rewriter:
         while self._queue:
             node = self._queue.popleft()
             self._queued.discard(id(node))
-            if id(node) not in self._removed:
-                yield node
-
-
-def has_plain_attributes(node: gs.Node) -> bool:
-    """Whether no attribute of a node refers to an argument of the function around it."""
-    return not any(
-        isinstance(value, gs.Node.AttributeRef) or (isinstance(value, AttributeProto) and bool(value.ref_attr_name))
-        for value in node.attrs.values()
-    )
+            if id(node) in self._removed:
+                continue
+            if id(node) in self._stale:
+                self._stale.discard(id(node))
+                if self.facts.infer(node):
+                    for tensor in node.outputs:
+                        for user in tensor.outputs:
+                            self._touch(user)
+            yield node
 
 
 def _remove_one(items: list[Any], wanted: Any) -> None:

@@ -1,20 +1,18 @@
-"""What a rewrite rule is, and the loop that applies rules until none fires."""
+"""What a rewrite rule is, and the loop that applies rules from a worklist until none fires."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import onnx_graphsurgeon as gs
 
 from onnxslim.graph.purity import is_standard
 from onnxslim.passes._rewriter import Rewriter, has_plain_attributes
-from onnxslim.passes.base import Outcome
+from onnxslim.passes.base import Context, Outcome
 
-__all__ = ["Refused", "Rule", "apply_rules", "label", "rule"]
-
-# A report that names more places than this for one reason is not read.
-_MOST_REFUSALS = 20
+__all__ = ["Background", "Ledger", "Refused", "Rule", "apply_rules", "label", "rule"]
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,62 @@ def label(node: gs.Node) -> str:
     return f"{node.op} -> {node.outputs[0].name}" if node.outputs else str(node.op)
 
 
-def apply_rules(rewriter: Rewriter, rules: Iterable[Rule], outcome: Outcome) -> None:
+class Ledger:
+    """Notes what is rewritten and what is declined, and stops at the limit that the context sets."""
+
+    def __init__(self, outcome: Outcome, context: Context) -> None:
+        self.outcome = outcome
+        self._context = context
+        self._left = context.limit
+        self._refused: dict[tuple[str, int], tuple[gs.Node, str]] = {}
+
+    @property
+    def spent(self) -> bool:
+        """Whether as many rewrites were made as the context allows."""
+        return self._left is not None and self._left <= 0
+
+    def allows(self, rule: str, node: str) -> bool:
+        """Whether a rewrite may be made."""
+        return not self.spent and self._context.allows(rule, node)
+
+    def change(self, rule: str, node: str, what: str) -> None:
+        """Note a rewrite."""
+        self.outcome.change(rule, node, what)
+        if self._left is not None:
+            self._left -= 1
+
+    def refuse(self, rule: str, node: gs.Node, why: str) -> None:
+        """Note that a rule left a node alone."""
+        self._refused[rule, id(node)] = (node, why)
+
+    def retract(self, rule: str, node: gs.Node) -> None:
+        """Forget that a rule left a node alone."""
+        self._refused.pop((rule, id(node)), None)
+
+    def close(self, rewriter: Rewriter) -> None:
+        """Write down what was declined at nodes that are still there."""
+        for (rule, _), (node, why) in self._refused.items():
+            if rewriter.is_alive(node):
+                self.outcome.refuse(rule, label(node), why)
+
+
+class Background(Protocol):
+    """Work that is done for many nodes at a time, whenever the worklist is empty."""
+
+    def consider(self, node: gs.Node) -> bool:
+        """Look at a node at which no rule fired; whether something was changed."""
+        ...
+
+    def flush(self) -> bool:
+        """Do the work; whether something was changed."""
+        ...
+
+
+def apply_rules(rewriter: Rewriter, rules: Iterable[Rule], ledger: Ledger, folding: Background | None = None) -> None:
     """Apply rules from the worklist until none fires; whatever a rewrite touches is looked at again.
 
-    Each node is also dropped as soon as nothing reads it.
+    Each node is also dropped as soon as nothing reads it, and constants are folded together once nothing else is left
+    to do.
     """
     by_op: dict[str, list[Rule]] = {}
     general: list[Rule] = []
@@ -71,38 +121,36 @@ def apply_rules(rewriter: Rewriter, rules: Iterable[Rule], outcome: Outcome) -> 
             general.append(each)
         for op in each.ops:
             by_op.setdefault(op, []).append(each)
-    refused: dict[tuple[str, int], tuple[gs.Node, str]] = {}
     for node in rewriter.nodes():
         rewriter.wake(node)
-    for node in rewriter.awake():
-        name = label(node)
-        if rewriter.remove_if_dead(node):
-            outcome.change("dead-node", name, f"removed {node.op}, which nothing reads")
-            continue
-        specific = is_standard(node) and has_plain_attributes(node)
-        opset = rewriter.opset(node)
-        for each in [*by_op.get(node.op, ()), *general] if specific else general:
-            if opset < each.since or (each.until is not None and opset > each.until):
+    while True:
+        for node in rewriter.awake():
+            if ledger.spent:
+                return
+            name, op = label(node), node.op
+            if ledger.allows("dead-node", name) and rewriter.remove_if_dead(node):
+                ledger.change("dead-node", name, f"removed {op}, which nothing reads")
                 continue
-            result = each.apply(rewriter, node)
-            if isinstance(result, Refused):
-                refused[each.name, id(node)] = (node, result.why)
-            elif result is not None:
-                refused.pop((each.name, id(node)), None)
-                outcome.change(each.name, name, result)
-                rewriter.wake(node)
-                break
-    _report(refused, rewriter, outcome)
+            specific = is_standard(node) and has_plain_attributes(node)
+            candidates = [*by_op.get(op, ()), *general] if specific else general
+            if not _rewrite(rewriter, node, name, candidates, ledger) and folding is not None:
+                folding.consider(node)
+        if folding is None or not folding.flush():
+            return
 
 
-def _report(refused: dict[tuple[str, int], tuple[gs.Node, str]], rewriter: Rewriter, outcome: Outcome) -> None:
-    counts: dict[str, int] = {}
-    for (name, _), (node, why) in refused.items():
-        if not rewriter.is_alive(node):
+def _rewrite(rewriter: Rewriter, node: gs.Node, name: str, rules: Iterable[Rule], ledger: Ledger) -> bool:
+    """Apply the first rule that fires at a node."""
+    opset = rewriter.opset(node)
+    for each in rules:
+        if opset < each.since or (each.until is not None and opset > each.until) or not ledger.allows(each.name, name):
             continue
-        counts[name] = counts.get(name, 0) + 1
-        if counts[name] <= _MOST_REFUSALS:
-            outcome.refuse(name, label(node), why)
-    for name, count in counts.items():
-        if count > _MOST_REFUSALS:
-            outcome.refuse(name, f"{count - _MOST_REFUSALS} more nodes", "as above")
+        result = each.apply(rewriter, node)
+        if isinstance(result, Refused):
+            ledger.refuse(each.name, node, result.why)
+        elif result is not None:
+            ledger.retract(each.name, node)
+            ledger.change(each.name, name, result)
+            rewriter.wake(node)
+            return True
+    return False

@@ -1,4 +1,4 @@
-"""Rules about If, Loop and Scan."""
+"""Rules about If, Loop and Scan, and about what comes out of them."""
 
 from __future__ import annotations
 
@@ -22,4 +22,17 @@ def _constant_condition(g: Rewriter, node: gs.Node) -> str | Refused | None:
     return f"replaced by its {taken}, which always runs"
 
 
-CONTROL_RULES: tuple[Rule, ...] = (_constant_condition,)
+@rule("hoist-constants", "Constant")
+def _constant_node(g: Rewriter, node: gs.Node) -> str | None:
+    """A Constant node that came out of a branch -> an initializer; in functions and for outputs it stays."""
+    tensor = node.outputs[0]
+    if g.scope(node).in_function or g.is_output(tensor):
+        return None
+    value = g.constant(tensor)
+    if value is None:
+        return None
+    g.make_initializer(tensor, value)
+    return "made an initializer"
+
+
+CONTROL_RULES: tuple[Rule, ...] = (_constant_condition, _constant_node)

@@ -11,10 +11,9 @@ import onnx_graphsurgeon as gs
 from onnx import AttributeProto
 
 from onnxslim.passes._rewriter import Rewriter
-from onnxslim.passes._rules import Rule
-from onnxslim.passes.base import Outcome
+from onnxslim.passes._rules import Ledger, Rule
 
-__all__ = ["merge_initializers", "merge_nodes"]
+__all__ = ["InitializerMerger", "merge_nodes"]
 
 # Elements looked at before two tensors of one shape and dtype are compared in full.
 _SAMPLE = 64
@@ -22,41 +21,54 @@ _SAMPLE = 64
 _COMMUTATIVE = frozenset({"Add", "Mul", "And", "Or", "Xor", "Equal", "BitwiseAnd", "BitwiseOr", "BitwiseXor"})
 
 
-def merge_initializers(g: Rewriter, outcome: Outcome) -> int:
-    """Let initializers of equal dtype, shape and bytes be one; return how many went.
+class InitializerMerger:
+    """Lets initializers of equal dtype, shape and bytes be one.
 
     One in a body gives way to one of a graph around it, never the other way round. Overridable initializers are graph
     inputs, and so are not looked at.
     """
-    groups: dict[tuple[str, tuple[int, ...]], list[gs.Constant]] = {}
-    seen: set[int] = set()
-    for node in g.nodes():
-        for tensor in node.inputs:
-            if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
-                seen.add(id(tensor))
-                if not getattr(tensor._values, "sparse", False):
-                    groups.setdefault((np.dtype(tensor.dtype).name, tuple(tensor.shape)), []).append(tensor)
-    merged = 0
-    for group in groups.values():
-        if len(group) > 1:
-            merged += _merge_group(g, group, outcome)
-    return merged
 
+    def __init__(self, g: Rewriter, ledger: Ledger) -> None:
+        self._g = g
+        self._ledger = ledger
+        self._groups: dict[tuple[str, tuple[int, ...]], list[gs.Constant]] = {}
+        self._sampled: dict[tuple[str, tuple[int, ...]], dict[Hashable, list[gs.Constant]]] = {}
 
-def _merge_group(g: Rewriter, group: list[gs.Constant], outcome: Outcome) -> int:
-    kept: dict[Hashable, list[gs.Constant]] = {}
-    merged = 0
-    for tensor in group:
-        alike = kept.setdefault(_sample(_values(tensor)), [])
+    def merge_all(self) -> None:
+        """Merge what the model holds."""
+        seen: set[int] = set()
+        for node in self._g.nodes():
+            for tensor in list(node.inputs):
+                if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    self.add(tensor)
+
+    def add(self, tensor: gs.Constant) -> None:
+        """Let an equal initializer that is known already take the place of this one, if there is any.
+
+        The bytes of a tensor are only looked at when another one of its dtype and shape has come.
+        """
+        if getattr(tensor._values, "sparse", False):
+            return
+        key = (np.dtype(tensor.dtype).name, tuple(tensor.shape))
+        group = self._groups.setdefault(key, [])
+        if not group:
+            group.append(tensor)
+            return
+        sampled = self._sampled.setdefault(key, {})
+        if not sampled:
+            sampled[_sample(_values(group[0]))] = [group[0]]
+        alike = sampled.setdefault(_sample(_values(tensor)), [])
         for other in alike:
-            if g.can_replace(tensor, other) and _same_bits(_values(tensor), _values(other)):
-                g.replace(tensor, other)
-                outcome.change("merge-initializers", tensor.name, f"the same {tensor.dtype} values as {other.name}")
-                merged += 1
-                break
-        else:
-            alike.append(tensor)
-    return merged
+            rule = "merge-initializers"
+            if not self._g.can_replace(tensor, other) or not self._ledger.allows(rule, tensor.name):
+                continue
+            if _same_bits(_values(tensor), _values(other)):
+                self._g.replace(tensor, other)
+                self._ledger.change(rule, tensor.name, f"the same {tensor.dtype} values as {other.name}")
+                return
+        alike.append(tensor)
+        group.append(tensor)
 
 
 def _values(constant: gs.Constant) -> np.ndarray:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnxslim.graph.purity import dropout_is_inference
+from onnxslim.graph.symbols import Element
 from onnxslim.passes._rewriter import Rewriter
 from onnxslim.passes._rules import Refused, Rule, rule
 
@@ -13,6 +15,7 @@ __all__ = ["NOOP_RULES"]
 
 # Slice ends are written as the largest 32- or 64-bit integer where "to the end" is meant; no dimension is that long.
 _TO_THE_END = 2**31 - 1
+_SUMS_OF_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 # A neutral element is looked for in constants up to this many elements; larger ones are weights.
 _NEUTRAL_LIMIT = 1 << 16
 
@@ -38,23 +41,11 @@ def _dropout(g: Rewriter, node: gs.Node) -> str | Refused | None:
     return _drop(g, node, "it is in inference mode")
 
 
-@rule("drop-cast", "Cast", "CastLike", since=6)
+@rule("drop-cast", "Cast", since=6)
 def _cast(g: Rewriter, node: gs.Node) -> str | None:
-    """Cast(x) -> x when x has that dtype already; CastLike by the dtype of its second input becomes Cast."""
-    import onnx
-
+    """Cast(x) -> x when x has that dtype already."""
     source = g.dtype(node.inputs[0])
-    if node.op == "CastLike":
-        wanted = g.dtype(node.inputs[1])
-        if wanted is None:
-            return None
-        if source == wanted and g.can_replace(node.outputs[0], node.inputs[0]):
-            return _drop(g, node, f"its input is {wanted} already")
-        attrs = {**node.attrs, "to": int(onnx.helper.np_dtype_to_tensor_dtype(wanted))}
-        g.rewrite(node, "Cast", attrs, [node.inputs[0]])
-        return f"CastLike made Cast to {wanted}"
-    to = node.attrs.get("to")
-    if source is None or to != onnx.helper.np_dtype_to_tensor_dtype(source):
+    if source is None or node.attrs.get("to") != onnx.helper.np_dtype_to_tensor_dtype(source):
         return None
     return _drop(g, node, f"its input is {source} already")
 
@@ -69,39 +60,20 @@ def _transpose(g: Rewriter, node: gs.Node) -> str | None:
     return _drop(g, node, "it leaves the axes in order") if list(perm) == list(range(len(perm))) else None
 
 
-@rule("drop-reshape", "Reshape", since=5)
-def _reshape(g: Rewriter, node: gs.Node) -> str | None:
-    """Reshape(x, s) -> x when the shapes agree in all dimensions but one, and thereby in that one too.
+@rule("drop-reshape", "Reshape", "Flatten", "Expand", "Tile", "Pad", "Squeeze", "Unsqueeze")
+def _same_shape(g: Rewriter, node: gs.Node) -> str | None:
+    """Reshape, Flatten, Expand, Tile, Pad -> x where the result has the shape of x for every input.
 
-    A dimension agrees when it is a known, non-zero number in both, or when s holds a 0 there that means "as it was".
-    With a zero among the agreeing dimensions the element count says nothing about the last one.
+    A Pad that pads one end by what it cuts off the other is no such case.
     """
-    before = g.shape(node.inputs[0])
-    after = g.shape(node.outputs[0])
-    target = g.integers(node, 1)
-    if before is None or (after is None and target is None):
+    before, after = g.shape(node.inputs[0]), g.shape(node.outputs[0])
+    if before is None or before != after:
         return None
-    rank = len(target) if target is not None else len(after or [])
-    if rank != len(before):
-        return None
-    zero_copies = not node.attrs.get("allowzero", 0)
-    copied = unproven = 0
-    for axis, old in enumerate(before):
-        if isinstance(old, int) and old > 0 and after is not None and after[axis] == old:
-            continue
-        if target is not None and target[axis] == 0 and zero_copies:
-            copied += 1
-        else:
-            unproven += 1
-    proven = unproven == 0 or (unproven == 1 and copied == 0)
-    return _drop(g, node, "its input has that shape already") if proven else None
-
-
-@rule("drop-flatten", "Flatten")
-def _flatten(g: Rewriter, node: gs.Node) -> str | None:
-    """Flatten(x) -> x for a matrix and axis 1."""
-    matrix = g.rank(node.inputs[0]) == 2 and node.attrs.get("axis", 1) in (1, -1)
-    return _drop(g, node, "its input is a matrix") if matrix else None
+    if node.op == "Pad":
+        pads = g.integers(node, 1, "pads")
+        if pads is None or any(pads):
+            return None
+    return _drop(g, node, "its input has that shape already")
 
 
 @rule("drop-squeeze", "Squeeze", "Unsqueeze")
@@ -122,18 +94,6 @@ def _squeeze_pair(g: Rewriter, node: gs.Node) -> str | None:
     return f"dropped {name}: it undoes the {inner.op} before it"
 
 
-@rule("drop-expand", "Expand")
-def _expand(g: Rewriter, node: gs.Node) -> str | None:
-    """Expand(x, s) -> x when every number in s is 1 or the known dimension of x that it meets."""
-    target = g.integers(node, 1)
-    shape = g.shape(node.inputs[0])
-    if target is None or shape is None or len(target) > len(shape):
-        return None
-    met = shape[len(shape) - len(target) :]
-    fits = all(new == 1 or (isinstance(old, int) and new == old) for new, old in zip(target, met, strict=True))
-    return _drop(g, node, "its input has that shape already") if fits else None
-
-
 @rule("drop-tile", "Tile", since=6)
 def _tile(g: Rewriter, node: gs.Node) -> str | None:
     """Tile(x, 1, 1, ...) -> x."""
@@ -150,24 +110,36 @@ def _pad(g: Rewriter, node: gs.Node) -> str | None:
 
 @rule("drop-slice", "Slice")
 def _slice(g: Rewriter, node: gs.Node) -> str | None:
-    """Slice(x) -> x when it takes every axis from 0 to its end in steps of 1."""
+    """Slice(x) -> x when it takes every axis from its start to its end in steps of 1."""
+    if len(node.inputs) > 4 and not node.inputs[4].is_empty() and set(g.integers(node, 4) or [0]) != {1}:
+        return None
+    before, after = g.shape(node.inputs[0]), g.shape(node.outputs[0])
+    if before is not None and before == after:
+        return _drop(g, node, "it takes everything")
     starts, ends = g.integers(node, 1, "starts"), g.integers(node, 2, "ends")
-    if not starts or ends is None or len(starts) != len(ends) or any(starts):
+    if not starts or ends is None or any(starts) or min(ends, default=0) < _TO_THE_END:
         return None
-    given = len(node.inputs) > 4 and not node.inputs[4].is_empty()
-    if given and set(g.integers(node, 4) or [0]) != {1}:
-        return None
-    shape = g.shape(node.inputs[0])
-    axes: list[int] | None = list(range(len(starts)))
-    if "axes" in node.attrs or (len(node.inputs) > 3 and not node.inputs[3].is_empty()):
-        axes = g.integers(node, 3, "axes")
-    if axes is None or len(axes) != len(ends):
-        return None
-    for axis, end in zip(axes, ends, strict=True):
-        size = None if shape is None or not -len(shape) <= axis < len(shape) else shape[axis]
-        if end < _TO_THE_END and not (isinstance(size, int) and end >= size):
-            return None
     return _drop(g, node, "it takes everything")
+
+
+@rule("drop-reduce", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceMean")
+def _reduce(g: Rewriter, node: gs.Node) -> str | None:
+    """ReduceMax, ReduceMin, ReduceProd over axes of size 1 that stay -> x; the sum and the mean of integers too.
+
+    Not the sum of floats: 0.0 + -0.0 is 0.0.
+    """
+    before, after, dtype = g.shape(node.inputs[0]), g.shape(node.outputs[0]), g.dtype(node.inputs[0])
+    if before is None or before != after or dtype is None or dtype.kind not in "fiu":
+        return None
+    axes = g.integers(node, 1, "axes")
+    if not axes and (node.attrs.get("noop_with_empty_axes", 0) or (len(node.inputs) > 1 and axes is None)):
+        return None
+    reduced = axes or range(len(before))
+    if any(not -len(before) <= axis < len(before) or before[axis] != 1 for axis in reduced):
+        return None
+    if node.op in ("ReduceSum", "ReduceMean") and dtype.kind == "f":
+        return None
+    return _drop(g, node, "it reduces axes of size 1")
 
 
 @rule("drop-single", "Concat", "Sum", "Max", "Min", "Mean", "Split")
@@ -198,7 +170,8 @@ def _involution(g: Rewriter, node: gs.Node) -> str | None:
 def _neutral(g: Rewriter, node: gs.Node) -> str | Refused | None:
     """x * 1, 1 * x, x / 1, x ** 1, x - 0, x + (-0.0), and for integers x + 0 -> x.
 
-    Not x + 0.0 and not x - (-0.0): they turn -0.0 into 0.0. And only when the constant does not widen x.
+    Not x + 0.0 and not x - (-0.0), which turn -0.0 into 0.0, unless x is a sum of products: that starts from 0.0 and so
+    is no -0.0. And only when the constant does not widen x.
     """
     sides = [(0, 1), (1, 0)] if node.op in ("Add", "Mul") else [(0, 1)]
     for source, other in sides:
@@ -206,9 +179,11 @@ def _neutral(g: Rewriter, node: gs.Node) -> str | Refused | None:
         if constant is None or not constant.size or constant.dtype.kind not in "fiu":
             continue
         if not _is_neutral(node.op, constant):
-            if node.op == "Add" and constant.dtype.kind == "f" and not constant.any():
+            zero = node.op in ("Add", "Sub") and constant.dtype.kind == "f" and not constant.any()
+            if not zero:
+                continue
+            if g.producer(node.inputs[source], *_SUMS_OF_PRODUCTS) is None:
                 return Refused("adding 0.0 turns -0.0 into 0.0")
-            continue
         if not _fits(g.shape(node.inputs[source]), constant.shape):
             continue
         op = node.op
@@ -228,14 +203,14 @@ def _is_neutral(op: str, constant: np.ndarray) -> bool:
     return bool(negative.all() if op == "Add" else not negative.any())
 
 
-def _fits(shape: list[int | str | None] | None, constant: tuple[int, ...]) -> bool:
+def _fits(shape: list[Element] | None, constant: tuple[int, ...]) -> bool:
     """Whether broadcasting a constant against a tensor of that shape provably gives that shape."""
     if not constant:
         return True
     if shape is None or len(constant) > len(shape):
         return False
     met = shape[len(shape) - len(constant) :]
-    return all(size == 1 or (isinstance(old, int) and size == old) for size, old in zip(constant, met, strict=True))
+    return all(size in (1, old) for size, old in zip(constant, met, strict=True))
 
 
 NOOP_RULES: tuple[Rule, ...] = (
@@ -243,13 +218,12 @@ NOOP_RULES: tuple[Rule, ...] = (
     _dropout,
     _cast,
     _transpose,
-    _reshape,
-    _flatten,
+    _same_shape,
     _squeeze_pair,
-    _expand,
     _tile,
     _pad,
     _slice,
+    _reduce,
     _single,
     _idempotent,
     _involution,

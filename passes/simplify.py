@@ -7,15 +7,17 @@ from typing import ClassVar
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnxslim.graph.cost import node_count
 from onnxslim.graph.walk import hoist_constants
 from onnxslim.model import Model
-from onnxslim.passes._rewriter import Rewriter
-from onnxslim.passes._rules import Rule, apply_rules
+from onnxslim.passes._engine import run_rules
+from onnxslim.passes._rules import Rule
 from onnxslim.passes._rules_batchnorm import BATCHNORM_RULES
 from onnxslim.passes._rules_chain import CHAIN_RULES
 from onnxslim.passes._rules_control import CONTROL_RULES
-from onnxslim.passes._rules_merge import merge_initializers, merge_nodes
+from onnxslim.passes._rules_merge import merge_nodes
 from onnxslim.passes._rules_noop import NOOP_RULES
+from onnxslim.passes._rules_shape import SHAPE_RULES, SIZE_RULES, merge_equal_sizes
 from onnxslim.passes.base import Context, Outcome, Pass
 
 __all__ = ["Simplify"]
@@ -38,66 +40,59 @@ class Simplify(Pass):
     def run(self, model: Model, context: Context) -> Outcome:
         """Rewrite ``model`` in place; see :class:`onnxslim.passes.base.Pass`."""
         outcome = Outcome()
-        before = sum(len(graph.nodes) for graph in model.graphs())
-        hoisted = hoist_constants(model)
-        if hoisted:
-            outcome.change("hoist-constants", "all graphs", f"made {hoisted} Constant nodes initializers")
-        inline = _may_inline(model)
-        _sweep_until_done(model, outcome, _RULES + CONTROL_RULES if inline else _RULES)
-        if inline is False:
+        before = node_count(model)
+        original = model.copy() if any(node.op == "If" for graph in model.graphs() for node in graph.nodes) else None
+        _rewrite(model, _RULES, context, outcome)
+        inlined = any(change.rule == "inline-if" for change in outcome.changes)
+        if original is not None and inlined and not _passes_inference(model) and _passes_inference(original):
+            model.graph, model.header, outcome = original.graph, original.header, Outcome()
+            _rewrite(model, tuple(rule for rule in _RULES if rule not in CONTROL_RULES), context, outcome)
             outcome.refuse("inline-if", "all graphs", "with a branch inlined, the model would not pass shape inference")
-        _drop_unused_initializers(model, outcome)
-        _drop_unused_functions(model, outcome)
-        _drop_unused_imports(model, outcome)
-        after = sum(len(graph.nodes) for graph in model.graphs())
         merged = sum(change.rule == "merge-initializers" for change in outcome.changes)
-        outcome.numbers = {"nodes removed": before - after, "initializers merged": merged}
+        outcome.numbers = {"nodes removed": before - node_count(model), "initializers merged": merged}
         if not outcome.modified and not outcome.refusals:
             outcome.refuse("simplify", "the model", "no rule matches any node; nothing is dead or there twice")
         return outcome
 
+    def rules(self) -> tuple[str, ...]:
+        """The names of the rules."""
+        names = {rule.name for rule in (*_RULES, merge_equal_sizes(), merge_nodes())}
+        return tuple(sorted(names | {"fold-constants", "dead-node", "merge-initializers", "drop-unused"}))
 
-_RULES: tuple[Rule, ...] = (*NOOP_RULES, *CHAIN_RULES, *BATCHNORM_RULES)
+
+_RULES: tuple[Rule, ...] = (
+    *SHAPE_RULES,
+    *NOOP_RULES,
+    *SIZE_RULES,
+    *CHAIN_RULES,
+    *BATCHNORM_RULES,
+    *CONTROL_RULES,
+)
 
 
-def _may_inline(model: Model) -> bool | None:
-    """Whether inlining the branches that always run leaves a model that loads; None where there are none.
+def _rewrite(model: Model, rules: tuple[Rule, ...], context: Context, outcome: Outcome) -> None:
+    """Apply rules, then drop what the model no longer needs."""
+    if context.allows("hoist-constants", "all graphs"):
+        hoisted = hoist_constants(model)
+        if hoisted:
+            outcome.change("hoist-constants", "all graphs", f"made {hoisted} Constant nodes initializers")
+    run_rules(model, (merge_equal_sizes(), *rules), context, outcome, merge=True)
+    _drop_unused_initializers(model, outcome)
+    _drop_unused_functions(model, outcome)
+    _drop_unused_imports(model, outcome)
+
+
+def _passes_inference(model: Model) -> bool:
+    """Whether strict shape inference accepts a model.
 
     The result of an If often has no known rank. Once inlined it has one, and runtimes then refuse what they would have
-    let pass when it ran, such as a Range that starts at a vector of one number. So it is tried on a copy first.
+    let pass when it ran, such as a Range that starts at a vector of one number.
     """
-    if not any(node.op == "If" for graph in model.graphs() for node in graph.nodes):
-        return None
-    trial, outcome = model.copy(), Outcome()
-    _sweep_until_done(trial, outcome, _RULES + CONTROL_RULES)
-    if not any(change.rule == "inline-if" for change in outcome.changes):
-        return None
     try:
-        onnx.shape_inference.infer_shapes(trial.to_skeleton(), strict_mode=True, data_prop=True)
+        onnx.shape_inference.infer_shapes(model.to_skeleton(), strict_mode=True, data_prop=True)
     except Exception:  # onnx raises several unrelated types; each means that a runtime may refuse the model too
         return False
     return True
-
-
-def _sweep_until_done(model: Model, outcome: Outcome, rules: tuple[Rule, ...]) -> None:
-    """Apply rules again while they fire: fewer nodes let shape inference see further."""
-    while True:
-        changes = len(outcome.changes)
-        _sweep(model, outcome, rules)
-        if len(outcome.changes) == changes:
-            return
-
-
-def _sweep(model: Model, outcome: Outcome, rules: tuple[Rule, ...]) -> None:
-    """Apply rules with the shapes that are known now."""
-    rewriter = Rewriter(model)
-    merge_initializers(rewriter, outcome)
-    while True:
-        outcome.refusals.clear()
-        apply_rules(rewriter, (*rules, merge_nodes()), outcome)
-        if not merge_initializers(rewriter, outcome):
-            break
-    rewriter.finish()
 
 
 def _drop_unused_initializers(model: Model, outcome: Outcome) -> None:

@@ -97,17 +97,18 @@ def test_a_range_of_many_numbers_is_refused_before_anybody_counts_them():
     assert any("too large" in refusal.why for refusal in outcome.refusals)
 
 
-def test_division_by_zero_does_not_end_the_process():
-    for divisor in (0, -1):
-        source = parse(
-            f"g (int64[2] x) => (int64[2] y) {{ z = Constant<value = int64 {{{divisor}}}>() a = Mul(z, z) b = Neg(z) "
-            "h = Div(w, b) k = Mod(w, z) l = Add(h, k) y = Add(x, l) }",
-            w=np.array([np.iinfo(np.int64).min, 1]),
-        )
-        model = load(source)
-        outcome = FoldConstants().run(model, Context())
-        assert ops(model)["Mod"] == 1
-        assert any("divisor" in refusal.why for refusal in outcome.refusals)
+@pytest.mark.parametrize("op", ["Div", "Mod"])
+@pytest.mark.parametrize("divisor", [0, -1])
+def test_division_by_zero_does_not_end_the_process(op, divisor):
+    source = parse(
+        f"g (int64[100] x) => (int64[100] y) {{ z = Constant<value = int64 {{{divisor}}}>() b = Neg(z) c = Neg(b) "
+        f"k = {op}(w, c) y = Add(x, k) }}",
+        w=np.full(100, np.iinfo(np.int64).min),
+    )
+    model = load(source)
+    outcome = FoldConstants().run(model, Context())
+    assert ops(model)[op] == 1
+    assert any("divisor" in refusal.why for refusal in outcome.refusals)
 
 
 def test_what_fails_to_evaluate_is_refused_and_the_rest_folds():
@@ -163,7 +164,7 @@ def test_what_would_blow_the_file_up_stays(op):
     model, (outcome,) = rewrite(source, FoldConstants())
     assert ops(model)[op] >= 1
     assert size(model) <= size(source) + 2000
-    assert any("growth" in refusal.rule for refusal in outcome.refusals)
+    assert any("make the file grow" in refusal.why or "too large" in refusal.why for refusal in outcome.refusals)
 
 
 def test_what_is_made_of_a_large_intermediate_but_small_itself_folds():
@@ -176,18 +177,18 @@ def test_what_is_made_of_a_large_intermediate_but_small_itself_folds():
     assert ops(model) == {"Add": 1}
 
 
-def test_the_limit_is_an_option_and_holds_in_total():
+@pytest.mark.parametrize("weights", [16, 1000])
+def test_the_limit_follows_the_weights_and_holds_in_total(weights):
     masks = " ".join(f"c{i} = Expand(w{i}, s) h{i} = Add({'x' if i == 0 else f'h{i - 1}'}, c{i})" for i in range(5))
     source = parse(
-        f"g (float[n, m] x) => (float[p, q] y) {{ {masks} y = Relu(h4) }}",
+        f"g (float[n, m] x) => (float[p, q] y) {{ {masks} y = MatMul(h4, big) }}",
         opset=13,
-        s=np.array([100, 100]),
+        s=np.array([20, 20]),
+        big=np.ones((20, weights * 20), np.float32),
         **{f"w{i}": np.full((1, 1), i, np.float32) for i in range(5)},
     )
-    refused, _ = rewrite(source, FoldConstants())
-    assert ops(refused)["Expand"] == 5
-    folded, _ = rewrite(source, FoldConstants(max_growth="1 MiB"))
-    assert "Expand" not in ops(folded)
+    model, _ = rewrite(source, FoldConstants(), feeds=[{"x": plain(20, 20)}], rtol=1e-6)
+    assert ops(model)["Expand"] == (5 if weights == 16 else 0)
 
 
 def test_a_weight_that_others_read_too_is_not_stored_twice():
@@ -267,7 +268,7 @@ def test_a_reshape_target_that_copies_dimensions_is_constant():
     assert ops(model)["Shape"] == 0
 
 
-@pytest.mark.parametrize("target", ["Concat<axis = 0>(m, n)", "Concat<axis = 0>(n, zero, rest)"])
+@pytest.mark.parametrize("target", ["Concat<axis = 0>(m, n)", "Concat<axis = 0>(n, rest, m)"])
 def test_a_reshape_target_that_moves_dimensions_stays(target):
     source = parse(
         f"""g (float[n, m] x) => (float[a, b] y) {{

@@ -189,11 +189,12 @@ def test_equal_initializers_are_one():
 def test_initializers_that_differ_in_a_bit_shape_or_type_stay_two(first, second):
     types = {np.dtype(np.float32): "float", np.dtype(np.float16): "float16"}
     source = parse(
-        f"g () => (float[4] y, {types[second.dtype]}{list(second.shape)} z) {{ y = Neg(a) z = Neg(b) }}",
+        f"g (float[4] x, {types[second.dtype]}{list(second.shape)} v) => "
+        f"(float[4] y, {types[second.dtype]}{list(second.shape)} z) {{ y = Max(x, a) z = Max(v, b) }}",
         a=first,
         b=second,
     )
-    model, _ = rewrite(source, Simplify())
+    model, _ = rewrite(source, Simplify(), feeds=[{"x": plain(4), "v": plain(*second.shape).astype(second.dtype)}])
     assert len(model.to_proto().graph.initializer) == 2
 
 
@@ -328,7 +329,7 @@ def test_an_if_is_not_inlined_where_that_would_stop_the_model_from_loading():
         """g (int64 n) => (int64[m] z) {
             c = Constant<value = bool {1}>()
             y = If(c) <
-                then_branch = t () => (int64[1] p) { p = Constant<value = int64[1] {4}>() },
+                then_branch = t () => (int64[1] p) { p = Constant<value = int64[1] {99999}>() },
                 else_branch = e () => (int64 p) { p = Constant<value = int64 {5}>() }
             >
             zero = Constant<value = int64 {0}>()
@@ -479,7 +480,8 @@ REFUSALS = {
     "training": "a = Conv(x, k) z = Relu(x) y, o, p = BatchNormalization<training_mode = 1>(a, s, t, m, v)",
     "no weights": "a = Relu(x) z = Exp(x) y = BatchNormalization(a, s4, t4, m4, v4)",
     "no node": "z = Relu(x) y = BatchNormalization(x, s4, t4, m4, v4)",
-    "not constant": "sv = Exp(s) a = Conv(x, k) z = Relu(x) y = BatchNormalization(a, sv, t, m, v)",
+    "not constant": "e = ReduceMax<keepdims = 0>(x) sv = Mul(e, s) a = Conv(x, k) z = Relu(x) "
+    "y = BatchNormalization(a, sv, t, m, v)",
     "infinite": "a = Conv(x, k) z = Relu(x) y = BatchNormalization<epsilon = 0.0>(a, s, t, m, zeros)",
 }
 
