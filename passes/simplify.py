@@ -12,9 +12,9 @@ from onnxslim.graph.walk import hoist_constants
 from onnxslim.model import Model
 from onnxslim.passes._engine import run_rules
 from onnxslim.passes._rules import Rule
-from onnxslim.passes._rules_batchnorm import BATCHNORM_RULES
 from onnxslim.passes._rules_chain import CHAIN_RULES
 from onnxslim.passes._rules_control import CONTROL_RULES
+from onnxslim.passes._rules_fusion import FUSION_RULES
 from onnxslim.passes._rules_merge import merge_nodes
 from onnxslim.passes._rules_noop import NOOP_RULES
 from onnxslim.passes._rules_shape import SHAPE_RULES, SIZE_RULES, merge_equal_sizes
@@ -65,7 +65,7 @@ _RULES: tuple[Rule, ...] = (
     *NOOP_RULES,
     *SIZE_RULES,
     *CHAIN_RULES,
-    *BATCHNORM_RULES,
+    *FUSION_RULES,
     *CONTROL_RULES,
 )
 
