@@ -36,7 +36,17 @@ from google.protobuf.message import DecodeError
 from onnxslim.errors import DataError
 from onnxslim.runtime import Feed, TensorSpec
 
-__all__ = ["SIZES", "DataSource", "Dataset", "open_dataset", "random_feeds", "resized_feeds"]
+__all__ = [
+    "SIZES",
+    "DataSource",
+    "Dataset",
+    "dynamic_axes",
+    "edge_feed",
+    "open_dataset",
+    "random_feeds",
+    "resized_feed",
+    "resized_feeds",
+]
 
 DataSource: TypeAlias = "str | Path | Mapping[str, np.ndarray] | Iterable[Mapping[str, np.ndarray]] | Dataset"
 
@@ -728,32 +738,66 @@ def random_feeds(
         yield feed
 
 
-def resized_feeds(feed: Feed, inputs: Sequence[TensorSpec], sizes: Sequence[int] = ()) -> Iterator[Feed]:
-    """Make feeds of other sizes out of one that is known to run: each dynamic axis longer by one, doubled and halved.
+def edge_feed(feed: Feed, seed: int = 0) -> Feed | None:
+    """A feed of the same shapes with floats from a list of edge values; None where there are no floats in it."""
+    rng = np.random.default_rng(seed)
+    floats = {
+        name: _random_values(value.shape, value.dtype, _KINDS.index("edge"), rng)
+        for name, value in feed.items()
+        if value.dtype.kind in "fV"
+    }
+    return feed | floats if floats else None
 
-    Dimensions of one name change together; values repeat where an axis grows, zeros fill one that was empty.
+
+def dynamic_axes(feed: Feed, inputs: Sequence[TensorSpec]) -> dict[str, list[tuple[str, int]]]:
+    """Where the dynamic axes of a feed are: name of the axis -> input and position of each.
 
     Args:
         feed: an inference that runs.
         inputs: what the model declares.
-        sizes: further sizes for each axis but the first.
     """
     axes: dict[str, list[tuple[str, int]]] = {}
     for spec in inputs:
         for axis, dim in enumerate(spec.shape or ()):
             if not isinstance(dim, int) and spec.name in feed:
                 axes.setdefault(_axis_key(spec, axis), []).append((spec.name, axis))
-    for places in axes.values():
+    return axes
+
+
+def resized_feed(feed: Feed, places: Sequence[tuple[str, int]], size: int) -> Feed | None:
+    """A feed with one dynamic axis at another size; None where that is no other size, or too much.
+
+    Values repeat where an axis grows; zeros fill one that was empty.
+
+    Args:
+        feed: an inference that runs.
+        places: inputs and positions of the axis, which change together.
+        size: the new size.
+    """
+    name, axis = places[0]
+    old = feed[name].shape[axis]
+    if size == old or any(feed[other].shape[position] != old for other, position in places):
+        return None
+    resized = dict(feed)
+    for other, position in places:
+        resized[other] = _repeated(resized[other], size, position)
+    return resized if sum(value.size for value in resized.values()) <= _MAX_ELEMENTS else None
+
+
+def resized_feeds(feed: Feed, inputs: Sequence[TensorSpec], sizes: Sequence[int] = ()) -> Iterator[Feed]:
+    """Make feeds of other sizes out of one that is known to run: each dynamic axis longer by one, doubled and halved.
+
+    Args:
+        feed: an inference that runs.
+        inputs: what the model declares.
+        sizes: further sizes for each axis but the first.
+    """
+    for places in dynamic_axes(feed, inputs).values():
         name, axis = places[0]
         old = feed[name].shape[axis]
-        more = sizes if axis else ()
-        for new in dict.fromkeys((old + 1, old * 2, max(old // 2, 1), *more)):
-            if new == old or any(feed[other].shape[position] != old for other, position in places):
-                continue
-            resized = dict(feed)
-            for other, position in places:
-                resized[other] = _repeated(resized[other], new, position)
-            if sum(value.size for value in resized.values()) <= _MAX_ELEMENTS:
+        for new in dict.fromkeys((old + 1, old * 2, max(old // 2, 1), *(sizes if axis else ()))):
+            resized = resized_feed(feed, places, new)
+            if resized is not None:
                 yield resized
 
 

@@ -105,6 +105,7 @@ class Session:
         optional_inputs: the inputs that a feed may hold, because the model has a default for them.
         output_names: what :meth:`run` returns, in order.
         threads: threads inside one operator; 0: as many as there are cores.
+        optimize: whether ONNX Runtime has optimised the graph.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Session:
             ModelError: ONNX Runtime cannot load the model, or ``outputs`` names no tensor of its main graph.
         """
         self.threads = threads
+        self.optimize = optimize
         named = model.model if isinstance(model, Staged) else model
         self._name = str(named) if isinstance(named, (str, Path)) else str(getattr(named, "path", None) or "the model")
         self._folder: tempfile.TemporaryDirectory[str] | None = None

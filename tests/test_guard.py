@@ -4,12 +4,15 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx import parser
 
-from onnxslim import guard
+from onnxslim import differences, guard, trial_feeds
 from onnxslim.data import open_dataset
+from onnxslim.differences import within_noise
 from onnxslim.errors import ModelError
 from onnxslim.guard import check_lossless, check_runs, layer_errors, output_errors
 from onnxslim.model import load
 from onnxslim.runtime import Session
+from onnxslim.staging import Staged
+from onnxslim.trial_feeds import compared_with
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]>\n'
 CHAIN = "graph (float[N, 4] x) => (float[N, 4] y) { a = Relu(x)  b = Sigmoid(a)  y = Tanh(b) }"
@@ -128,15 +131,15 @@ def test_what_the_original_fails_in_the_checker_too_is_a_warning():
     plain, doubled = parser.parse_model(HEAD + CHAIN), with_two_names(parser.parse_model(HEAD + CHAIN))
     with pytest.raises(onnx.checker.ValidationError):
         onnx.checker.check_model(doubled)
-    check = guard._check_onnx(load(doubled), load(doubled))
+    check = guard._check_onnx(load(doubled), Staged(load(doubled)))
     assert check.ok and check.detail.startswith("warning: not legal ONNX, as the original")
-    check = guard._check_onnx(load(plain), load(doubled))
+    check = guard._check_onnx(load(plain), Staged(load(doubled)))
     assert not check.ok and "no longer legal ONNX" in check.detail
 
 
 def test_a_stale_declaration_is_a_warning():
     stale = model("graph (float[N, 4] x) => (float[N, 5] y) { y = Tanh(x) }")
-    check = guard._check_onnx(stale, stale)
+    check = guard._check_onnx(stale, Staged(stale))
     assert check.ok and "shape inference" in check.detail and "original" in check.detail
 
 
@@ -172,7 +175,7 @@ def test_inputs_that_are_sequences_cannot_be_made_up():
 def test_given_shapes_are_used():
     text = "graph (float[N, M] x) => (float[N, M] y) { y = Tanh(x) }"
     described = detail(lossless(text, text, shapes={"x": [7, 9]}), "outputs")
-    assert "N 3, 7, 8, 14; M 4, 9, 10, 18" in described
+    assert "N 1, 3, 7, 8, 14; M 1, 4, 9, 10, 18" in described
 
 
 def test_random_outputs_are_compared_in_shape_only_and_the_others_fully():
@@ -232,6 +235,52 @@ def test_data_at_other_sizes_is_tried_too():
     assert failed(lossless(before, after, dataset=data)) == ["outputs"]
 
 
+@pytest.mark.parametrize(
+    ("head", "before", "after"),
+    [
+        ("float[64] x", "y = Clip(x)", "lo = Constant<value = float {-50}>() y = Clip(x, lo)"),
+        ("float[N, 64] x", "y = Clip(x)", "lo = Constant<value = float {-50}>() y = Clip(x, lo)"),
+        ("float[N, 4] x", "y = Tanh(x)", "s = Constant<value = int64[2] {1, 4}>() t = Tanh(x) y = Reshape(t, s)"),
+        ("float[4, M] x", "y = Tanh(x)", "s = Constant<value = int64[2] {4, 64}>() t = Tanh(x) y = Reshape(t, s)"),
+        (
+            "float[4, M] x",
+            "y = Tanh(x)",
+            "i = Constant<value = int64[2] {0, 1}>() t = Gather<axis = 1>(x, i) y = Tanh(x)",
+        ),
+    ],
+)
+def test_what_is_needed_is_run_however_dear_a_run_is(monkeypatch, head, before, after):
+    """Edge values, size 1 of a dynamic axis and another one; the last pair differs in size 1 alone."""
+    monkeypatch.setattr(trial_feeds, "_ENOUGH_CPU_SECONDS", -1.0)
+    texts = [f"graph ({head}) => ({head.replace(' x', ' y')}) {{ {body} }}" for body in (before, after)]
+    assert not failed(lossless(texts[0], texts[0]))
+    assert failed(lossless(*texts)) == ["outputs"]
+
+
+def test_no_more_than_needed_is_run_where_a_run_is_dear(monkeypatch):
+    monkeypatch.setattr(trial_feeds, "_ENOUGH_CPU_SECONDS", -1.0)
+    assert "same outputs on 2 inputs (N 1, 2)" in detail(lossless(CHAIN, CHAIN), "outputs")
+    static = CHAIN.replace("N, 4", "4, 4")
+    assert detail(lossless(static, static), "outputs") == "same outputs on 2 inputs"
+    both = lossless(BRANCHES, BRANCHES)
+    assert "never with" not in detail(both, "outputs")
+    assert failed(lossless(BRANCHES, BRANCHES.replace("Sin", "Cos"))) == ["outputs"]
+
+
+@pytest.mark.parametrize("size", [1, 7, 24])
+def test_outputs_are_compared_alike_in_blocks_of_any_size(monkeypatch, size):
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        expected = (rng.standard_normal(24) * 10 ** rng.uniform(-3, 3, 24)).astype(np.float32)
+        got = expected + (rng.standard_normal(24) * 10 ** rng.uniform(-6, -3)).astype(np.float32)
+        expected[rng.random(24) < 0.1] = np.nan
+        got[np.isnan(expected)] = np.nan if rng.random() < 0.8 else 0
+        monkeypatch.setattr(differences, "_BLOCK", 24)
+        whole = differences.value_fault(expected.reshape(4, 6), got.reshape(4, 6))
+        monkeypatch.setattr(differences, "_BLOCK", size)
+        assert differences.value_fault(expected.reshape(4, 6), got.reshape(4, 6)) == whole
+
+
 def test_half_precision_has_its_own_tolerance():
     before = "graph (float16[N, 64] x) => (float16[N] y) { a = Mul(x, x) y = ReduceSum<keepdims = 0>(a, ax) }"
     before = before.replace("{ a", "{ ax = Constant<value = int64[1] {1}>() a")
@@ -245,16 +294,16 @@ def test_half_precision_has_its_own_tolerance():
 
 def test_what_the_runtime_itself_changes_is_allowed_and_said():
     expected, plain = np.array([1.0, 2.0], np.float32), np.array([1.0, 2.1], np.float32)
-    assert guard._within_noise(expected, plain, np.array([1.15, 2.0], np.float32))
-    assert not guard._within_noise(expected, plain, np.array([1.3, 2.0], np.float32))
-    assert not guard._within_noise(expected, expected, np.array([1.01, 2.0], np.float32))
-    assert not guard._within_noise(expected, plain, np.array([np.nan, 2.0], np.float32))
-    assert guard._within_noise(np.array([3, 4]), np.array([3, 5]), np.array([3, 5]))
-    assert not guard._within_noise(np.array([3, 4]), np.array([3, 5]), np.array([3, 6]))
+    assert within_noise(expected, plain, np.array([1.15, 2.0], np.float32))
+    assert not within_noise(expected, plain, np.array([1.3, 2.0], np.float32))
+    assert not within_noise(expected, expected, np.array([1.01, 2.0], np.float32))
+    assert not within_noise(expected, plain, np.array([np.nan, 2.0], np.float32))
+    assert within_noise(np.array([3, 4]), np.array([3, 5]), np.array([3, 5]))
+    assert not within_noise(np.array([3, 4]), np.array([3, 5]), np.array([3, 6]))
 
 
 def test_constants_that_inputs_are_compared_with_are_found():
-    assert guard._compared_with(model(BRANCHES)) == {"rate": [16000, 16001]}
+    assert compared_with(model(BRANCHES)) == {"rate": [16000, 16001]}
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
