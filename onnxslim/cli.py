@@ -286,7 +286,7 @@ def compare(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show where and how far two models differ: outputs, layer by layer, and what they are made of."""
+    """Show how two models differ: outputs, layer by layer, what they are made of, which nodes became which."""
     from onnxslim.compare import compare as run_compare
 
     with show.progress_bar(Console(stderr=True), shown=not (quiet or as_json)) as progress:

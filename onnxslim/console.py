@@ -16,12 +16,13 @@ from onnxslim.compare import Comparison
 from onnxslim.goals import human_bytes
 from onnxslim.inspection import Inspection
 from onnxslim.passes import Pass
-from onnxslim.record import Latency, Record, Score, Snapshot, TargetEntry
+from onnxslim.record import GraphDifference, GraphPlace, Latency, Record, Score, Snapshot, TargetEntry
 from onnxslim.targets import TARGETS
 
 __all__ = [
     "print_bench",
     "print_comparison",
+    "print_difference",
     "print_inspection",
     "print_passes",
     "print_record",
@@ -30,6 +31,8 @@ __all__ = [
     "progress_bar",
 ]
 
+_DIFFERENCES = 20
+_NAMES = 3
 _STATUS_STYLE = {
     "kept": "green",
     "no change": "dim",
@@ -172,7 +175,10 @@ def print_bench(console: Console, entries: list[BenchEntry]) -> None:
 
 def print_comparison(console: Console, found: Comparison) -> None:
     """The tables of ``compare``."""
-    console.print(f"Over {escape(found.feeds)}: the outputs are {'equal' if found.equal else 'different'}.")
+    if found.not_run:
+        console.print(f"[yellow]The results were not compared[/]: {escape(found.not_run)}")
+    else:
+        console.print(f"Over {escape(found.feeds)}: the outputs are {'equal' if found.equal else 'different'}.")
     if found.not_compared:
         console.print(
             f"Not compared, as only one model has them or they differ in kind: {escape(', '.join(found.not_compared))}"
@@ -198,8 +204,39 @@ def print_comparison(console: Console, found: Comparison) -> None:
     for op in sorted(set(found.a.ops) | set(found.b.ops)):
         if found.a.ops.get(op, 0) != found.b.ops.get(op, 0):
             table.add_row(escape(op), str(found.a.ops.get(op, 0)), str(found.b.ops.get(op, 0)))
-    table.add_row("nodes by name only in", str(len(found.only_a)), str(len(found.only_b)))
     console.print(table)
+    print_difference(console, found.difference)
+
+
+def print_difference(console: Console, found: GraphDifference) -> None:
+    """Which nodes became which; long lists cut short."""
+    console.print(f"[bold]Graphs[/]: {escape(found.sentence)}")
+    for sentence in found.interface:
+        console.print(f"  {escape(sentence)}", highlight=False)
+    rows = [(entry.places, entry.sentence) for entry in found.rewritten]
+    rows += [(entry.places, f"{entry.op}: {entry.what}") for entry in found.changed]
+    for places, what in rows[:_DIFFERENCES]:
+        console.print(f"  [bold]{len(places):,} ×[/] {escape(what)}", highlight=False)
+        console.print(
+            f"      [dim]{'at' if len(places) == 1 else 'first at'} {escape(_place(places[0]))}[/]", highlight=False
+        )
+    if len(rows) > _DIFFERENCES:
+        console.print(f"  … {len(rows) - _DIFFERENCES:,} more; --json has all")
+    if found.tensors:
+        table = _table("Constants of 1 KiB or more", "constant", "status", "before", "after")
+        for tensor in found.tensors[:_DIFFERENCES]:
+            table.add_row(escape(tensor.name), tensor.status, tensor.before or "–", tensor.after or "–")
+        console.print(table)
+    if len(found.tensors) > _DIFFERENCES:
+        console.print(f"… {len(found.tensors) - _DIFFERENCES:,} more; --json has all")
+
+
+def _place(place: GraphPlace) -> str:
+    sides = (
+        ", ".join(names[:_NAMES]) + (", …" if len(names) > _NAMES else "") for names in (place.before, place.after)
+    )
+    before, after = (side or "nothing" for side in sides)
+    return before if before == after else f"{before} → {after}"
 
 
 def print_inspection(console: Console, found: Inspection) -> None:

@@ -18,6 +18,7 @@ import onnxslim
 from onnxslim.data import Dataset
 from onnxslim.errors import OutputError, RecipeError, SlimError, TargetError, reason_of
 from onnxslim.goals import judge, summarize, verdict
+from onnxslim.graph.difference import graph_difference
 from onnxslim.guard import layer_errors
 from onnxslim.inputs import Inputs, open_inputs
 from onnxslim.measure import shapes_of, snapshot, time_pair
@@ -242,6 +243,7 @@ class _Job:
             passes=entries,
             targets=targets,
             layer_errors=errors,
+            difference=graph_difference(self.inputs.original, stage.model),
             data=self._data_entries(),
             warnings=[*self.inputs.warnings, *self.runner.warnings, *_slower(after)],
             not_measured=self._not_measured(after, targets, errors),

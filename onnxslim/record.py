@@ -17,15 +17,20 @@ __all__ = [
     "Check",
     "DataEntry",
     "GoalEntry",
+    "GraphDifference",
+    "GraphPlace",
     "Interval",
     "Latency",
     "LayerError",
     "LayerSize",
+    "NodeChanges",
     "PassEntry",
     "Record",
+    "Rewritten",
     "Score",
     "Snapshot",
     "TargetEntry",
+    "TensorChange",
     "UndoneEntry",
 ]
 
@@ -153,6 +158,85 @@ class PassEntry(_Entry):
     score_after: Score | None = Field(default=None, description="of what the pass made, also when it was rolled back")
 
 
+class GraphPlace(_Entry):
+    """One place where two graphs differ: the names of the nodes there, before and after."""
+
+    before: list[str]
+    after: list[str]
+
+
+class Rewritten(_Entry):
+    """Connected nodes that became others; what happened alike in several places is one entry."""
+
+    before: dict[str, int] = Field(description="op -> nodes, in graph order")
+    after: dict[str, int] = Field(description="op -> nodes; 'constant' for what is a stored tensor now")
+    places: list[GraphPlace]
+
+    @property
+    def sentence(self) -> str:
+        """What became what, in words."""
+        return f"{_in_words(self.before)} became {_in_words(self.after)}"
+
+
+_NAMED_OPS = 6
+
+
+def _in_words(ops: dict[str, int]) -> str:
+    """Ops with their counts: ``Conv + BatchNormalization``, ``2 Shape + 2 Gather + … (46 nodes)``, ``nothing``."""
+    parts = [op if count == 1 else f"{count} {op}{'s' * (op == 'constant')}" for op, count in ops.items()]
+    if len(parts) <= _NAMED_OPS:
+        return " + ".join(parts) or "nothing"
+    return f"{' + '.join(parts[:_NAMED_OPS])} + … ({sum(ops.values())} nodes)"
+
+
+class NodeChanges(_Entry):
+    """Nodes that are there in both graphs and differ in the same way."""
+
+    op: str
+    what: str = Field(description="such as 'attribute axis: 1 → 2' or 'input 1: float32 → float16'")
+    places: list[GraphPlace]
+
+
+class TensorChange(_Entry):
+    """One constant of at least 1 KiB that only one graph has, or that holds something else in the other."""
+
+    status: Literal["added", "removed", "changed"]
+    name: str
+    before: str | None = Field(description="dtype and shape")
+    after: str | None
+    bytes_before: int
+    bytes_after: int
+
+
+class GraphDifference(_Entry):
+    """Which nodes of one graph became which of another."""
+
+    same: bool = Field(description="equal but for names")
+    nodes_before: int
+    nodes_after: int
+    matched: int = Field(description="nodes that are there in both")
+    renamed: int = Field(description="of those, the ones of another name or with outputs of other names")
+    rewritten: list[Rewritten] = Field(description="the most frequent first")
+    changed: list[NodeChanges] = Field(description="the most frequent first")
+    tensors: list[TensorChange] = Field(description="the largest first")
+    constants_added: int = Field(description="constants of any size that only the second graph has")
+    constants_removed: int
+    bytes_added: int
+    bytes_removed: int
+    interface: list[str] = Field(description="how inputs and outputs differ, one sentence each")
+
+    @property
+    def sentence(self) -> str:
+        """How much of the graph is still there, in words."""
+        renamed = f", {self.renamed:,} of them under other names" if self.renamed else ""
+        if self.same:
+            return f"The same graph: {self.matched:,} nodes{renamed}."
+        return (
+            f"{self.nodes_before:,} nodes became {self.nodes_after:,}; {self.matched:,} are there in both{renamed}. "
+            f"Constants: {self.constants_removed:,} gone, {self.constants_added:,} new."
+        )
+
+
 class TargetEntry(_Entry):
     """One hardware target of the run."""
 
@@ -213,6 +297,7 @@ class Record(_Entry):
     passes: list[PassEntry] = Field(default_factory=list)
     targets: list[TargetEntry] = Field(default_factory=list)
     layer_errors: list[LayerError] = Field(default_factory=list)
+    difference: GraphDifference | None = Field(default=None, description="of the original's graph and the result's")
     data: list[DataEntry] = Field(default_factory=list)
     warnings: list[str] = Field(default_factory=list)
     not_measured: list[str] = Field(default_factory=list, description="what the report does not show, and why")

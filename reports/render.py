@@ -28,6 +28,7 @@ _DRAWN_OPS = 16
 _DRAWN_TARGETS = 8
 _LISTED = 500
 _LISTED_PASSES = 100
+_LISTED_TENSORS = 100
 _LISTED_NODES = 50
 
 
@@ -107,6 +108,9 @@ def _view(record: Record) -> dict[str, Any]:
     worst = rows.worst_errors(record.layer_errors)
     limit = rows.group_limit(record)
     size = (record.before.size_bytes, record.after.size_bytes)
+    difference = record.difference
+    pieces, more_pieces = rows.difference_groups(difference.rewritten if difference else [], limit)
+    node_changes, more_node_changes = rows.difference_groups(difference.changed if difference else [], limit)
     return {
         "record": record,
         "css": Markup((_HERE / "report.css").read_text(encoding="utf-8")),
@@ -116,6 +120,11 @@ def _view(record: Record) -> dict[str, Any]:
         "tiles": tiles.tiles(record),
         "targets_without_tile": max(0, len(record.targets) - _DRAWN_TARGETS),
         "ledger": [_ledger_row(entry, limit) for entry in record.passes[:_LISTED_PASSES]],
+        "pieces": pieces,
+        "more_pieces": more_pieces,
+        "node_changes": node_changes,
+        "more_node_changes": more_node_changes,
+        "tensors": difference.tensors[:_LISTED_TENSORS] if difference else [],
         "size_chart": charts.waterfall(record.passes, *size) if record.passes else None,
         "model_latency": _latency_rows("before", record.before.latency, "after", record.after.latency),
         "model_chart": _model_chart(record),
@@ -144,8 +153,10 @@ def _view(record: Record) -> dict[str, Any]:
 def _ledger_row(entry: PassEntry, limit: int) -> dict[str, Any]:
     changes, more_rules = rows.groups(entry.changes, "rule", ("node", "what"), limit)
     refusals, more_reasons = rows.groups(entry.refusals, "why", ("node", "rule"), limit)
+    undone, _ = rows.groups([vars(item) for item in entry.undone], "rule", ("node", "why"), limit)
     return {
         "entry": entry,
+        "undone": undone,
         "changes": changes,
         "more_rules": more_rules,
         "refusals": refusals,

@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from onnxslim.record import LayerError, LayerSize, Record, TargetEntry
+from onnxslim.record import LayerError, LayerSize, NodeChanges, Record, Rewritten, TargetEntry
 from onnxslim.reports import units
 
 __all__ = [
     "Group",
     "LayerRow",
     "OpRow",
+    "difference_groups",
     "group_limit",
     "groups",
     "layer_rows",
@@ -89,6 +90,8 @@ def group_limit(record: Record) -> int:
     for entry in record.passes:
         heads += min(_MOST_GROUPS, len({item.get("rule", "") for item in entry.changes}))
         heads += min(_MOST_GROUPS, len({item.get("why", "") for item in entry.refusals}))
+    if record.difference is not None:
+        heads += min(_MOST_GROUPS, len(record.difference.rewritten)) + min(_MOST_GROUPS, len(record.difference.changed))
     return max(EXAMPLES, min(_MOST_PER_GROUP, _LINES // max(heads, 1)))
 
 
@@ -106,6 +109,25 @@ def groups(items: Iterable[dict[str, str]], key: str, columns: tuple[str, str], 
         Group(title, len(lines), lines[:EXAMPLES], lines[EXAMPLES:limit]) for title, lines in ranked[:_MOST_GROUPS]
     ]
     return shown, len(ranked) - len(shown)
+
+
+def difference_groups(found: Sequence[Rewritten] | Sequence[NodeChanges], limit: int) -> tuple[list[Group], int]:
+    """Pieces of two graphs that differ alike, each with the first places.
+
+    Returns:
+        The groups, and how many more there are in record.json only.
+    """
+    shown = []
+    for entry in found[:_MOST_GROUPS]:
+        title = entry.sentence if isinstance(entry, Rewritten) else f"{entry.op}: {entry.what}"
+        lines = [(_names(place.before), _names(place.after)) for place in entry.places[:limit]]
+        shown.append(Group(title, len(entry.places), lines[:EXAMPLES], lines[EXAMPLES:]))
+    return shown, len(found) - len(shown)
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - EXAMPLES} more" if len(names) > EXAMPLES else ""
+    return ", ".join(units.shorten(name, 60) for name in names[:EXAMPLES]) + more or "nothing"
 
 
 def layer_rows(before: Sequence[LayerSize], after: Sequence[LayerSize]) -> list[LayerRow]:

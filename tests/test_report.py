@@ -169,6 +169,30 @@ def test_pass_details_group_changes_and_refusals_and_lose_none() -> None:
     assert "same outputs held: max difference 2.1e-6" in root.by_id("pass-1").text()
 
 
+def test_undone_rewrites_are_named_with_the_output_that_they_broke() -> None:
+    text = page_of(records.goals_met).by_id("pass-1").text()
+    assert "Undone, because they changed an output conv-batch-norm 1" in text
+    assert "/features/features.52/Conv because output 'logits' is off by 0.3" in text
+    assert "Undone" not in page_of(records.goals_met).by_id("pass-3").text()
+
+
+def test_graph_section_says_which_nodes_became_which() -> None:
+    root = page_of(records.goals_met)
+    section = root.by_id("graph")
+    text = section.text()
+    assert "157 nodes became 105; 105 are there in both, 3 of them under other names." in text
+    heads = [group.text() for group in section.all("p", class_="rule")]
+    assert heads == ["Conv + BatchNormalization became Conv 52", "Gemm: attribute alpha: 1.0 → 2.0 52"]
+    items = [item.text() for item in section.all("li")]
+    assert "/features/0/Conv, /features/0/BatchNormalization → /features/0/Conv" in items
+    assert sum("/BatchNormalization → " in item for item in items) == 104
+    assert "input 'image': float32 [N, 3, 224, 224] → float32 [1, 3, 224, 224]" in items
+    rows = root.table("Constants of 1 KiB")
+    assert len(rows) == 53
+    assert rows[1][:4] == ["/features/0/weight", "changed", "float32 [32, 3, 3, 3]", "float16 [32, 3, 3, 3]"]
+    assert "were not compared" in page_of(records.nothing_measured).by_id("graph").text()
+
+
 def test_targets_tell_verified_from_compiled_and_list_unsupported_ops() -> None:
     root = page_of(records.goals_missed)
     rows = {row[0].split()[0]: row for row in root.table("Hardware targets")[1:]}
