@@ -24,6 +24,12 @@ from onnxslim.model import Model
 __all__ = ["Rewriter", "Scope", "has_plain_attributes"]
 
 
+# How far behind what changed the last node of a pattern may stand, and how many readers of one tensor are looked at:
+# what more nodes read is nobody's alone.
+_PATTERN_LENGTH = 2
+_MOST_READERS = 8
+
+
 @dataclass(eq=False)
 class Scope:
     """One graph, body or function: where names are defined and looked up.
@@ -225,7 +231,7 @@ class Rewriter:
         _remove_one(old.outputs, node)
         list.__setitem__(node.inputs, index, tensor)
         list.append(tensor.outputs, node)
-        self._wake_producers(old)
+        self._lost_reader(old)
         self._touch(node)
         self._wake_producers(tensor)
 
@@ -234,7 +240,7 @@ class Rewriter:
         while len(node.inputs) > count:
             tensor = list.pop(node.inputs)
             _remove_one(tensor.outputs, node)
-            self._wake_producers(tensor)
+            self._lost_reader(tensor)
 
     def add_input(self, node: gs.Node, tensor: gs.Tensor) -> None:
         """Append an input to a node."""
@@ -253,6 +259,20 @@ class Rewriter:
             self.add_input(node, tensor)
         for tensor in node.outputs:
             self._wake_users(tensor)
+
+    def set_outputs(self, node: gs.Node, outputs: Sequence[gs.Tensor | None]) -> None:
+        """Let a node make other tensors, which have no producer; a new one that nothing reads where there is None."""
+        for tensor in node.outputs:
+            _remove_one(tensor.inputs, node)
+        list.clear(node.outputs)
+        for index, tensor in enumerate(outputs):
+            if tensor is None:
+                tensor = gs.Variable(self.model.fresh_name(f"{node.name or node.op}_unread_{index}"))
+                self._home[id(tensor)] = self._scope[id(node)]
+                self._keep.append(tensor)
+            list.append(node.outputs, tensor)
+            list.append(tensor.inputs, node)
+        self._touch(node)
 
     def set_attributes(self, node: gs.Node, **attrs: Any) -> None:
         """Change attributes of a node; None removes one."""
@@ -480,10 +500,35 @@ class Rewriter:
             self._queued.add(id(node))
             self._queue.append(node)
 
+    def refine(self) -> bool:
+        """Learn ranks again from the nodes that are left; whether anything was learned, and nodes were woken."""
+        learned = []
+        for scope in self.scopes:
+            learned += self.facts.require_ranks([node for node in scope.graph.nodes if self.is_alive(node)])
+        for tensor in learned:
+            for node in (*tensor.inputs, *tensor.outputs):
+                self._touch(node)
+        return bool(learned)
+
     def _touch(self, node: gs.Node) -> None:
-        """Have a node that reads or does something else looked at again, and what is true of its results."""
+        """Have a node that reads or does something else looked at again, and what is true of its results.
+
+        Patterns are matched at their last node, so the next few nodes are looked at too.
+        """
         self._stale.add(id(node))
+        self._wake_onward(node, _PATTERN_LENGTH)
+
+    def _wake_onward(self, node: gs.Node, steps: int) -> None:
         self.wake(node)
+        for tensor in node.outputs if steps else ():
+            for user in tensor.outputs[:_MOST_READERS]:
+                self._wake_onward(user, steps - 1)
+
+    def _lost_reader(self, tensor: gs.Tensor) -> None:
+        """Have those looked at again that may fire now that fewer read a tensor: rules want to be the only reader."""
+        self._wake_producers(tensor)
+        if len(tensor.outputs) == 1:
+            self._wake_onward(tensor.outputs[0], _PATTERN_LENGTH)
 
     def _wake_producers(self, tensor: gs.Tensor) -> None:
         for node in tensor.inputs:

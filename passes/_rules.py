@@ -135,7 +135,7 @@ def apply_rules(rewriter: Rewriter, rules: Iterable[Rule], ledger: Ledger, foldi
             candidates = [*by_op.get(op, ()), *general] if specific else general
             if not _rewrite(rewriter, node, name, candidates, ledger) and folding is not None:
                 folding.consider(node)
-        if folding is None or not folding.flush():
+        if (folding is None or not folding.flush()) and not rewriter.refine():
             return
 
 

@@ -37,22 +37,6 @@ def _perm(g: Rewriter, node: gs.Node) -> list[int] | None:
     return None if rank is None else list(range(rank))[::-1]
 
 
-@rule("fuse-reshapes", "Reshape", since=5)
-def _reshape_view(g: Rewriter, node: gs.Node) -> str | None:
-    """Reshape(view(x), s) -> Reshape(x, s) for a view that is a Reshape, Flatten, Squeeze or Unsqueeze.
-
-    Not when s holds a 0 that means "as in the view".
-    """
-    inner = g.producer(node.inputs[0], "Reshape", "Flatten", "Squeeze", "Unsqueeze")
-    if inner is None or not g.is_visible(g.scope(node), inner.inputs[0]):
-        return None
-    target = g.integers(node, 1)
-    if not target or (0 in target and not node.attrs.get("allowzero", 0)):
-        return None
-    g.set_input(node, 0, inner.inputs[0])
-    return f"reads what the {inner.op} before it reads"
-
-
 @rule("fuse-casts", "Cast", since=9)
 def _cast_cast(g: Rewriter, node: gs.Node) -> str | None:
     """Cast(Cast(x: A, B), C) -> Cast(x, C) where B holds every value of A, so that only the second one can round.
@@ -90,4 +74,4 @@ def is_exact_cast(source: np.dtype, target: np.dtype) -> bool:
     return bool(np.can_cast(source, target, casting="safe"))
 
 
-CHAIN_RULES: tuple[Rule, ...] = (_transpose_transpose, _reshape_view, _cast_cast)
+CHAIN_RULES: tuple[Rule, ...] = (_transpose_transpose, _cast_cast)

@@ -22,6 +22,46 @@ def _constant_condition(g: Rewriter, node: gs.Node) -> str | Refused | None:
     return f"replaced by its {taken}, which always runs"
 
 
+@rule("inline-if", "If")
+def _impossible_branch(g: Rewriter, node: gs.Node) -> str | Refused | None:
+    """If whose one branch makes a result of a rank that the nodes behind it cannot run on -> the other branch."""
+    for taken, other in (("then_branch", "else_branch"), ("else_branch", "then_branch")):
+        if not (isinstance(node.attrs.get(taken), gs.Graph) and isinstance(node.attrs.get(other), gs.Graph)):
+            return None
+        for index, result in enumerate(node.outputs):
+            rank, ranks = g.rank(result), _possible_ranks(g, node.attrs[other].outputs[index])
+            if rank is None or ranks is None or rank in ranks:
+                continue
+            if not g.inline_body(node, node.attrs[taken]):
+                return Refused(f"only its {taken} can run, but it holds what cannot be moved out of it")
+            return f"replaced by its {taken}: the nodes behind it do not run on the rank of the other one's result"
+    return None
+
+
+def _possible_ranks(g: Rewriter, tensor: gs.Tensor, depth: int = 16) -> set[int] | None:
+    """The ranks that a tensor may have, seen through the branches of If; None where it may be any."""
+    rank = g.rank(tensor)
+    if rank is not None:
+        return {rank}
+    maker = g.producer(tensor)
+    if maker is None or depth == 0:
+        return None
+    if maker.op == "If":
+        index = next(index for index, each in enumerate(maker.outputs) if each is tensor)
+        branches = [body.outputs[index] for body in maker.attrs.values() if isinstance(body, gs.Graph)]
+        found = [_possible_ranks(g, each, depth - 1) for each in branches]
+        return None if None in found else set().union(*(each for each in found if each is not None))
+    ranks = _possible_ranks(g, maker.inputs[0], depth - 1) if maker.op in _RANK_BY_FIRST else None
+    axes = g.integers(maker, 1, "axes") if maker.op in ("Squeeze", "Unsqueeze") else []
+    if ranks is None or axes is None:
+        return None
+    shift = -len(axes) if maker.op == "Squeeze" else len(axes)
+    return {each + shift for each in ranks}
+
+
+_RANK_BY_FIRST = frozenset({"Identity", "Squeeze", "Unsqueeze", "Relu", "Sigmoid", "Tanh", "Cast"})
+
+
 @rule("hoist-constants", "Constant")
 def _constant_node(g: Rewriter, node: gs.Node) -> str | None:
     """A Constant node that came out of a branch -> an initializer; in functions and for outputs it stays."""
@@ -35,4 +75,4 @@ def _constant_node(g: Rewriter, node: gs.Node) -> str | None:
     return "made an initializer"
 
 
-CONTROL_RULES: tuple[Rule, ...] = (_constant_condition, _constant_node)
+CONTROL_RULES: tuple[Rule, ...] = (_constant_condition, _impossible_branch, _constant_node)

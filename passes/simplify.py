@@ -17,7 +17,10 @@ from onnxslim.passes._rules_control import CONTROL_RULES
 from onnxslim.passes._rules_fusion import FUSION_RULES
 from onnxslim.passes._rules_merge import merge_nodes
 from onnxslim.passes._rules_noop import NOOP_RULES
+from onnxslim.passes._rules_parts import PART_RULES
+from onnxslim.passes._rules_recurrent import RECURRENT_RULES
 from onnxslim.passes._rules_shape import SHAPE_RULES, SIZE_RULES, merge_equal_sizes
+from onnxslim.passes._rules_view import VIEW_RULES
 from onnxslim.passes.base import Context, Outcome, Pass
 
 __all__ = ["Simplify"]
@@ -65,6 +68,9 @@ _RULES: tuple[Rule, ...] = (
     *NOOP_RULES,
     *SIZE_RULES,
     *CHAIN_RULES,
+    *VIEW_RULES,
+    *PART_RULES,
+    *RECURRENT_RULES,
     *FUSION_RULES,
     *CONTROL_RULES,
 )

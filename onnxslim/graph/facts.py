@@ -77,8 +77,55 @@ class Facts:
         for tensor in model.graph.inputs:
             self._set(tensor, _declared(tensor, named=True))
         self._enter(model.graph, model.opset)
+        if any([self.require_ranks(graph.nodes) for graph in model.graphs()]):
+            self._enter(model.graph, model.opset)
         for function in model.graph.functions:
             self._enter(function, function.opset or model.opset)
+
+    def require_ranks(self, nodes: Sequence[gs.Node]) -> list[gs.Tensor]:
+        """Learn unknown ranks from the nodes of one graph that run on no other: where they ran, it was that rank.
+
+        When one node of a graph runs, all of them do, so this holds wherever the tensor is read.
+
+        Args:
+            nodes: all nodes of the graph, in its order.
+
+        Returns:
+            The tensors of which something was learned.
+        """
+        own = {id(tensor) for node in nodes for tensor in node.outputs}
+        learned = []
+        for node in reversed(nodes):
+            if not is_standard(node):
+                continue
+            for tensor, rank in self._ranks_wanted(node):
+                if id(tensor) in own and self.of(tensor).shape is None and not self.of(tensor).sequence:
+                    fact = self.of(tensor)
+                    self._set(tensor, replace(fact, shape=tuple(fresh() for _ in range(rank))))
+                    learned.append(tensor)
+        return learned
+
+    def _ranks_wanted(self, node: gs.Node) -> Iterator[tuple[gs.Tensor, int]]:
+        result = self.of(node.outputs[0]).shape if node.outputs else None
+        if node.op in ("LSTM", "GRU", "RNN"):
+            yield from ((node.inputs[index], 3) for index in (0, 5, 6) if index < len(node.inputs))
+        elif node.op in ("Conv", "ConvTranspose") and len(node.inputs) > 1:
+            weight = self.of(node.inputs[1]).shape
+            if weight is not None:
+                yield node.inputs[0], len(weight)
+        elif node.op == "Gemm":
+            yield from ((tensor, 2) for tensor in node.inputs[:2])
+        elif node.op == "Transpose" and isinstance(node.attrs.get("perm"), list):
+            yield node.inputs[0], len(node.attrs["perm"])
+        elif node.op in ("Squeeze", "Unsqueeze") and result is not None:
+            from onnxslim.graph.fact_rules import fixed_integers
+
+            axes = fixed_integers(self, node, 1, "axes")
+            rank = len(result) + (len(axes or ()) if node.op == "Squeeze" else -len(axes or ()))
+            if axes and rank >= 0:
+                yield node.inputs[0], rank
+        elif node.op in ("Relu", "Sigmoid", "Tanh", "Identity", "Cast", "Softmax") and result is not None:
+            yield node.inputs[0], len(result)
 
     def _enter(self, graph: gs.Graph, opset: int) -> None:
         for node in graph.nodes:
