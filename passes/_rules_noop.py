@@ -192,6 +192,37 @@ def _neutral(g: Rewriter, node: gs.Node) -> str | Refused | None:
     return None
 
 
+@rule("drop-neutral", "And", "Or", "Xor", since=7)
+def _neutral_truth(g: Rewriter, node: gs.Node) -> str | None:
+    """x and true, x or false, x xor false -> x, when the constant does not widen x."""
+    for source, other in ((0, 1), (1, 0)):
+        constant = g.constant(node.inputs[other], limit=_NEUTRAL_LIMIT)
+        if constant is None or not constant.size or constant.dtype.kind != "b":
+            continue
+        neutral = constant.all() if node.op == "And" else not constant.any()
+        if neutral and _fits(g.shape(node.inputs[source]), constant.shape):
+            op = node.op
+            if g.bypass(node, node.inputs[source]):
+                return f"dropped {op}: its constant is neutral"
+    return None
+
+
+@rule("drop-where", "Where", since=9)
+def _decided(g: Rewriter, node: gs.Node) -> str | None:
+    """Where(true, a, b) -> a, Where(false, a, b) -> b, Where(c, a, a) -> a, when nothing is widened."""
+    condition = g.constant(node.inputs[0], limit=_NEUTRAL_LIMIT)
+    if node.inputs[1] is node.inputs[2]:
+        chosen = node.inputs[1]
+    elif condition is not None and condition.size and (condition.all() or not condition.any()):
+        chosen = node.inputs[1 if condition.all() else 2]
+    else:
+        return None
+    shape = g.shape(chosen)
+    if shape is None or shape != g.shape(node.outputs[0]):
+        return None
+    return "dropped Where: it always takes the same" if g.bypass(node, chosen) else None
+
+
 def _is_neutral(op: str, constant: np.ndarray) -> bool:
     if op in ("Mul", "Div", "Pow"):
         return bool((constant == constant.dtype.type(1)).all())
@@ -228,4 +259,6 @@ NOOP_RULES: tuple[Rule, ...] = (
     _idempotent,
     _involution,
     _neutral,
+    _neutral_truth,
+    _decided,
 )

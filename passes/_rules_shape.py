@@ -197,6 +197,20 @@ def _part_of_shape(g: Rewriter, node: gs.Node) -> str | None:
     return f"reads sizes {start} to {start + count} of {source.name} directly"
 
 
+@rule("fuse-shape", "Shape", "Size")
+def _shape_of_source(g: Rewriter, node: gs.Node) -> str | None:
+    """Shape(f(x)) -> Shape(x) where they have one shape for every input and nothing else reads f(x)."""
+    maker = g.producer(node.inputs[0])
+    if maker is None or g.sole_user(node.inputs[0]) is not node:
+        return None
+    shape = g.shape(node.inputs[0])
+    for tensor in maker.inputs if shape is not None else ():
+        if not tensor.is_empty() and g.shape(tensor) == shape and g.is_visible(g.scope(node), tensor):
+            g.set_input(node, 0, tensor)
+            return f"reads {tensor.name}, which has the same shape"
+    return None
+
+
 def _shape_behind(g: Rewriter, node: gs.Node, depth: int = 4) -> gs.Node | None:
     """The Shape that a chain of nodes picks sizes from."""
     for tensor in node.inputs:
@@ -212,5 +226,5 @@ def _shape_behind(g: Rewriter, node: gs.Node, depth: int = 4) -> gs.Node | None:
     return None
 
 
-SIZE_RULES: tuple[Rule, ...] = (_part_of_shape,)
+SIZE_RULES: tuple[Rule, ...] = (_shape_of_source, _part_of_shape)
 """For simplify, together with :func:`merge_equal_sizes`."""

@@ -99,4 +99,31 @@ def _removed(rank: int, first: list[int], second: list[int]) -> list[int]:
     return sorted(gone | {left[axis % len(left)] for axis in second})
 
 
-VIEW_RULES: tuple[Rule, ...] = (_same_twice, _view_of_view, _reshape_view)
+@rule("move-view", *_VIEWS, since=5)
+def _view_before_norm(g: Rewriter, node: gs.Node) -> str | None:
+    """view(f(view(x))) -> f(view(view(x))) for an f along the last axis, which neither view touches: the views fuse."""
+    inner = g.producer(node.inputs[0], "LayerNormalization", "Softmax", "LogSoftmax")
+    before, after = g.shape(node.inputs[0]), g.shape(node.outputs[0])
+    if inner is None or g.sole_user(node.inputs[0]) is not node or not before or not after or before[-1] != after[-1]:
+        return None
+    version, axis = g.opset(inner), inner.attrs.get("axis", -1)
+    if axis not in (-1, len(before) - 1) or (inner.op != "LayerNormalization" and version < 13):
+        return None
+    if any(not g.is_unused(tensor) for tensor in inner.outputs[1:]):
+        return None
+    if any((g.rank(tensor) or 0) > 1 for tensor in inner.inputs[1:]):
+        return None  # a scale that is broadcast along other axes as well
+    first = g.producer(inner.inputs[0], *_VIEWS, "Transpose")
+    if first is None or not _is_view(g, first) or g.sole_user(inner.inputs[0]) is not inner:
+        return None
+    target = reshape_target(g.shape(first.inputs[0]), after)
+    if target is None or g.scope(inner) is not g.scope(node) or g.scope(first) is not g.scope(node):
+        return None
+    shape = g.make_constant(g.scope(node), f"{node.outputs[0].name}_shape", np.array(target, np.int64))
+    moved = g.insert_before(inner, "Reshape", {}, [first.inputs[0], shape])
+    op, inputs = inner.op, [moved, *inner.inputs[1:]]
+    g.rewrite(node, op, {**inner.attrs, "axis": -1}, inputs)
+    return f"moved before the {op}"
+
+
+VIEW_RULES: tuple[Rule, ...] = (_same_twice, _view_of_view, _reshape_view, _view_before_norm)
