@@ -15,10 +15,9 @@ from onnxslim.passes._linear import (
     layer_before,
     layer_of,
     per_channel,
-    scale_input,
-    transform_output,
 )
-from onnxslim.passes._match import FLOATS, inner, scalar, with_constant
+from onnxslim.passes._match import FLOATS, addends, inner, scalar, with_constant
+from onnxslim.passes._reweight import input_edit, output_edit
 from onnxslim.passes._rewriter import Rewriter
 from onnxslim.passes._rules import Refused, Rule, rule
 from onnxslim.passes._rules_constants import narrow_constant, scale_and_shift
@@ -51,9 +50,10 @@ def _into_layer_before(g: Rewriter, node: gs.Node) -> str | Refused | None:
         return Refused("its constant is not finite")
     if not g.can_replace(node.outputs[0], binary.x):
         return Refused("its output cannot take the place of its input")
-    why = transform_output(g, layer, Affine(scale, shift), freed=binary.value.nbytes)
-    if why is not None:
-        return why
+    edit = output_edit(g, layer, Affine(scale, shift), freed=binary.value.nbytes)
+    if isinstance(edit, Refused):
+        return edit
+    edit.apply(g)
     g.bypass(node, binary.x)
     return f"folded into the {layer.node.op} {layer.node.name}"
 
@@ -77,11 +77,12 @@ def _into_layer_behind(g: Rewriter, node: gs.Node) -> str | Refused | None:
     scale, shift = (None if part is None else part.reshape(-1) for part in parts)
     if not all(part is None or np.isfinite(part).all() for part in (scale, shift)):
         return Refused("its constant is not finite")
-    why = scale_input(g, layer, Affine(scale, shift), binary.x)
-    if why is None:
+    edit = input_edit(g, layer, Affine(scale, shift), binary.x)
+    if not isinstance(edit, Refused):
+        edit.apply(g)
         return f"took the {before.op} {before.name} before it into its weight"
     moved = None if shift is None or scale is not None else _scale_past_shift(g, node, layer, before)
-    return why if moved is None else moved
+    return edit if moved is None else moved
 
 
 def _scale_past_shift(g: Rewriter, node: gs.Node, layer: Layer, add: gs.Node) -> str | None:
@@ -101,11 +102,45 @@ def _scale_past_shift(g: Rewriter, node: gs.Node, layer: Layer, add: gs.Node) ->
         return None
     if len(shift.constant.outputs) > 1 and value.nbytes > _COPY_LIMIT:
         return None
-    if scale_input(g, layer, Affine(parts[0].reshape(-1), None), node.inputs[0]) is not None:
+    edit = input_edit(g, layer, Affine(parts[0].reshape(-1), None), node.inputs[0])
+    if isinstance(edit, Refused):
         return None
+    edit.apply(g)
     g.set_input(add, shift.at, g.make_constant(g.scope(add), shift.constant.name, value))
     g.set_input(add, 1 - shift.at, factor.x)
     return f"took the {before.op} {before.name} into its weight, past the Add {add.name}"
+
+
+@rule("fold-erf-scale", *LAYERS, since=9)
+def _through_erf_gate(g: Rewriter, node: gs.Node) -> str | None:
+    """L(x (1 + erf(c x))), x made by a layer K:  with K' = c K it is  L'(x' (1 + erf(x')))  with  L' = L / c.
+
+    This is Gelu where opset 20 is not there to say so, its factor 1 / 2 already in L.
+    """
+    gated = inner(g, node.inputs[0], node, "Mul")
+    behind = None if gated is None or g.constant(node.inputs[1]) is None else layer_of(g, node)
+    if gated is None or behind is None:
+        return None
+    for x, gate in (gated.inputs, gated.inputs[::-1]):
+        plus = inner(g, gate, gated, "Add")
+        parts = None if plus is None else addends(g, plus)
+        erf = None if plus is None or parts is None or parts[1] != 1.0 else inner(g, parts[0], plus, "Erf")
+        scaled = None if erf is None else inner(g, erf.inputs[0], erf, "Mul", "Div")
+        found = None if scaled is None else _factor(g, scaled)
+        if erf is None or scaled is None or found is None or found[0] is not x:
+            continue
+        before = layer_before(g, x, gated, scaled)
+        if isinstance(before, Refused) or g.constant(before.node.inputs[1]) is None:
+            continue
+        taken = output_edit(g, before, Affine(np.full(1, found[1]), None))
+        given = input_edit(g, behind, Affine(np.full(1, 1 / found[1]), None), gated.outputs[0])
+        if isinstance(taken, Refused) or isinstance(given, Refused):
+            continue
+        taken.apply(g)
+        given.apply(g)
+        g.set_input(erf, 0, before.result)
+        return f"the factor of {scaled.name} went into the {before.node.op} {before.node.name} and out of this one"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- factors
@@ -185,7 +220,11 @@ def _taker(g: Rewriter, tensor: gs.Tensor, user: gs.Node) -> _Taker | None:
 
 def _apply(g: Rewriter, taker: _Taker, factor: float) -> Refused | None:
     if taker.layer is not None:
-        return transform_output(g, taker.layer, Affine(np.full(1, factor), None))
+        edit = output_edit(g, taker.layer, Affine(np.full(1, factor), None))
+        if isinstance(edit, Refused):
+            return edit
+        edit.apply(g)
+        return None
     node = taker.node
     binary = with_constant(g, node)
     assert binary is not None
@@ -200,4 +239,10 @@ def _apply(g: Rewriter, taker: _Taker, factor: float) -> Refused | None:
     return None
 
 
-AFFINE_RULES: tuple[Rule, ...] = (_into_layer_before, _into_layer_behind, _behind_views, _across_product)
+AFFINE_RULES: tuple[Rule, ...] = (
+    _into_layer_before,
+    _into_layer_behind,
+    _through_erf_gate,
+    _behind_views,
+    _across_product,
+)

@@ -1,7 +1,7 @@
 """BatchNormalization folded into the weights before it, or behind it.
 
 In inference, per channel c:  y = s_c * x + t_c  with  s = scale / sqrt(var + epsilon),  t = bias - mean * s.
-What layers do with that is in :mod:`onnxslim.passes._linear`.
+What layers do with that is in :mod:`onnxslim.passes._reweight`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxslim.graph.purity import batchnorm_is_inference
-from onnxslim.passes._linear import Affine, Layer, layer_before, layer_of, scale_input, transform_output
+from onnxslim.passes._linear import Affine, Layer, layer_before, layer_of
 from onnxslim.passes._match import inner
+from onnxslim.passes._reweight import input_edit, output_edit
 from onnxslim.passes._rewriter import Rewriter
 from onnxslim.passes._rules import Refused, Rule, rule
 
@@ -37,9 +38,10 @@ def _into_layer_before(g: Rewriter, node: gs.Node) -> str | Refused | None:
         return _into_matmul(g, node, layer, affine)
     if not g.can_replace(node.outputs[0], source):
         return Refused("its output cannot take the place of its input")
-    why = transform_output(g, layer, affine, freed=4 * affine.scale.size * 4)
-    if why is not None:
-        return why
+    edit = output_edit(g, layer, affine, freed=4 * affine.scale.size * 4)
+    if isinstance(edit, Refused):
+        return edit
+    edit.apply(g)
     g.bypass(node, source)
     return f"folded into the {layer.node.op} {layer.node.name}"
 
@@ -52,9 +54,10 @@ def _into_matmul(g: Rewriter, node: gs.Node, layer: Layer, affine: Affine) -> st
         shift = affine.shift.astype(dtype)
     if not np.isfinite(shift).all():
         return Refused("the folded weights would overflow")
-    why = transform_output(g, layer, Affine(affine.scale, None))
-    if why is not None:
-        return why
+    edit = output_edit(g, layer, Affine(affine.scale, None))
+    if isinstance(edit, Refused):
+        return edit
+    edit.apply(g)
     added = g.make_constant(g.scope(node), f"{node.inputs[2].name}_folded", shift)
     g.rewrite(node, "Add", {}, [node.inputs[0], added])
     return f"folded into the MatMul {layer.node.name}, leaving an Add"
@@ -72,8 +75,11 @@ def _into_layer_behind(g: Rewriter, node: gs.Node) -> str | Refused | None:
     layer = layer_of(g, node)
     if layer is None or node.attrs.get("transA", 0):
         return Refused(f"the {node.op} does not have its channels along the columns of a constant weight")
-    why = scale_input(g, layer, affine, before.inputs[0])
-    return why or f"took the BatchNormalization {before.name} before it into its weight"
+    edit = input_edit(g, layer, affine, before.inputs[0])
+    if isinstance(edit, Refused):
+        return edit
+    edit.apply(g)
+    return f"took the BatchNormalization {before.name} before it into its weight"
 
 
 def _affine(g: Rewriter, node: gs.Node) -> Affine | Refused:

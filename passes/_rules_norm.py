@@ -167,7 +167,9 @@ def _put_in_norm(
         rounded = narrow_constant(np.asarray(wide), scale.dtype, strict=False)
         if isinstance(rounded, Refused):
             return rounded
-        narrow[index] = rounded
+        old = (scale, bias)[index - 1]
+        if old is None or not np.array_equal(old, rounded):
+            narrow[index] = rounded
     shared = sum(narrow[index].nbytes for index in narrow if index < len(norm.inputs) and _is_shared(norm, index))
     if shared > max(_MOST_ONES, value.size * scale.itemsize):
         return Refused(f"the constants of the {norm.op} are read elsewhere too and are too large to copy")

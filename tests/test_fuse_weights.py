@@ -285,3 +285,38 @@ def test_an_overridable_constant_is_not_folded():
     )
     found, _ = fuse(source, [{"x": plain(2, 5), "v": plain(6, seed=8)}])
     assert found == {"MatMul": 1, "Mul": 1}
+
+
+@pytest.mark.parametrize("opset", [13, 20])
+def test_the_factors_around_an_erf_go_into_the_layers_around_it(opset):
+    source = parse(
+        """g (float[n, 7, 5] x) => (float[n, 7, 4] y) {
+            a = MatMul(x, k) b = Add(c, a) u = Div(b, root2) e = Erf(u) s = Add(e, one) p = Mul(b, s) h = Mul(p, half)
+            y = MatMul(h, l)
+        }""",
+        opset=opset,
+        k=plain(5, 6),
+        c=plain(6, seed=1),
+        l=plain(6, 4, seed=2),
+        root2=c(np.sqrt(2)),
+        one=c(1),
+        half=c(0.5),
+    )
+    found, _ = fuse(source, [{"x": plain(n, 7, 5)} for n in (1, 3, 0)], atol=1e-5)
+    activation = {"Erf": 1, "Add": 2, "Mul": 1} if opset < 20 else {"Gelu": 1, "Add": 1}
+    assert found == {"MatMul": 2, **activation}
+
+
+def test_the_factors_around_an_erf_stay_where_another_node_reads_what_it_gates():
+    source = parse(
+        """g (float[n, 5] x) => (float[n, 4] y, float[n, 6] z) {
+            a = MatMul(x, k) u = Div(a, two) e = Erf(u) s = Add(e, one) p = Mul(a, s) y = MatMul(p, l) z = Relu(a)
+        }""",
+        k=plain(5, 6),
+        l=plain(6, 4, seed=2),
+        two=c(2),
+        one=c(1),
+    )
+    before = ops(source)
+    found, _ = fuse(source, [{"x": plain(3, 5)}])
+    assert found == before
