@@ -11,44 +11,37 @@ from onnxslim.suggest import unknown_name
 
 __all__ = ["rules_to_skip"]
 
-_FUSIONS = (
-    "fuse-*",
-    "fold-affine*",
-    "fold-batchnorm*",
-    "fold-pad",
-    "fold-transpose-*",
-    "lift-*",
-    "move-*",
-    "combine-*",
-)
-
-# Its name -> ours, as patterns. What has no rule here is never done, so there is nothing to leave out.
-_THEIRS: Mapping[str, tuple[str, ...]] = {
-    "constant_folding": ("fold-constants", "static-*", "fuse-shape", "cast-like", "inline-*"),
-    "graph_fusion": _FUSIONS,
+# What belongs to none of these four is a fusion; the rest only tidies up.
+_OPTIMIZATIONS: Mapping[str, tuple[str, ...]] = {
+    "constant_folding": ("cast-like", "fold-constants", "fuse-shape", "inline-if", "static-*"),
     "dead_node_elimination": ("dead-node", "drop-*"),
-    "subexpression_elimination": ("merge-nodes", "merge-equal-*"),
+    "subexpression_elimination": ("merge-equal-sizes", "merge-nodes"),
     "weight_tying": ("merge-initializers",),
+}
+_TIDYING = frozenset({"drop-unused", "hoist-constants"})
+
+# Where there is no rule of ours for the same, there is nothing to leave out.
+_PATTERNS: Mapping[str, tuple[str, ...]] = {
     "EliminationConcat": ("fuse-concats",),
-    "EliminationReshape": ("fuse-reshapes",),
-    "EliminationReshapeAs": ("static-reshape", "drop-reshape"),
+    "EliminationReshape": ("fuse-reshapes", "fuse-views"),
+    "EliminationReshapeAs": ("drop-reshape", "static-reshape"),
     "EliminationSlice": ("fuse-slices",),
     "EliminationTranspose": ("fuse-transposes",),
-    "EliminationTransposeViewTranspose": ("move-transpose*",),
-    "EliminationTransposeAsReshape": ("transpose-*",),
-    "EliminationUnsqueeze": ("fuse-unsqueezes", "fuse-squeeze*"),
+    "EliminationTransposeAsReshape": ("fuse-views",),
+    "EliminationTransposeViewTranspose": ("fuse-views", "move-view"),
+    "EliminationUnsqueeze": ("fuse-axes",),
     "FusionConcatReshape": ("static-reshape",),
-    "FusionConvAdd": ("fold-affine*",),
-    "FusionConvBN": ("fold-batchnorm*",),
-    "FusionConvMul": ("fold-affine*",),
-    "FusionConvTransposeAdd": ("fold-affine*",),
-    "FusionConvTransposeBN": ("fold-batchnorm*",),
-    "FusionConvTransposeMul": ("fold-affine*",),
+    "FusionConvAdd": ("fold-affine", "fold-affine-forward"),
+    "FusionConvBN": ("fold-batchnorm", "fold-batchnorm-forward"),
+    "FusionConvMul": ("fold-affine", "fold-affine-forward"),
+    "FusionConvTransposeAdd": ("fold-affine", "fold-affine-forward"),
+    "FusionConvTransposeBN": ("fold-batchnorm", "fold-batchnorm-forward"),
+    "FusionConvTransposeMul": ("fold-affine", "fold-affine-forward"),
     "FusionGemm": ("fuse-gemm", "lift-gemm"),
     "FusionGemmAdd": ("fuse-gemm-add",),
-    "FusionGemmMul": ("fold-affine*",),
+    "FusionGemmMul": ("fold-affine", "fold-affine-forward"),
     "FusionPadConv": ("fold-pad",),
-    "FusionReduce": ("fuse-reduce*",),
+    "FusionReduce": (),
 }
 
 
@@ -64,9 +57,20 @@ def rules_to_skip(names: Iterable[str]) -> frozenset[str]:
     rules = Simplify().rules()
     found: set[str] = set()
     for name in names:
-        patterns = _THEIRS.get(name, (name,))
-        matching = [rule for rule in rules if any(fnmatchcase(rule, pattern) for pattern in patterns)]
-        if name not in _THEIRS and name not in rules:
+        if name in rules:
+            found.add(name)
+        elif name in _OPTIMIZATIONS or name == "graph_fusion":
+            found.update(rule for rule in rules if _optimization(rule) == name)
+        elif name in _PATTERNS:
+            found.update(_PATTERNS[name])
+        else:
             raise RecipeError(unknown_name("rule", name, rules))
-        found.update(matching)
     return frozenset(found)
+
+
+def _optimization(rule: str) -> str | None:
+    """The optimization of the PyPI package that a rule of ours belongs to; None for one that only tidies up."""
+    if rule in _TIDYING:
+        return None
+    matching = (name for name, patterns in _OPTIMIZATIONS.items() if any(fnmatchcase(rule, p) for p in patterns))
+    return next(matching, "graph_fusion")
