@@ -20,6 +20,7 @@ from onnxslim.passes._rules_noop import NOOP_RULES
 from onnxslim.passes._rules_parts import PART_RULES
 from onnxslim.passes._rules_recurrent import RECURRENT_RULES
 from onnxslim.passes._rules_shape import SHAPE_RULES, SIZE_RULES, merge_equal_sizes
+from onnxslim.passes._rules_transpose import TRANSPOSE_RULES
 from onnxslim.passes._rules_view import VIEW_RULES
 from onnxslim.passes.base import Context, Outcome, Pass
 
@@ -68,6 +69,7 @@ _RULES: tuple[Rule, ...] = (
     *NOOP_RULES,
     *SIZE_RULES,
     *CHAIN_RULES,
+    *TRANSPOSE_RULES,
     *VIEW_RULES,
     *PART_RULES,
     *RECURRENT_RULES,
