@@ -1,0 +1,97 @@
+"""A strategy for hypothesis: random graphs that are legal and run, over the operators that rewrites touch."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import assume
+from hypothesis import strategies as st
+from onnx import checker
+from random_bodies import BODIES, grow
+from random_builder import Builder, Draw, Graph, Value, opsets, session_of, to_model
+from random_layers import LAYERS
+from random_ops import OPERATORS
+
+_DTYPES = ("float32", "float32", "float32", "float32", "float16", "float64", "int64", "int32", "bool", "uint8", "int8")
+_SHAPES = (
+    ("N", 3, 4),
+    ("N", 4, 3, 5),
+    ("N", 2, 5, 4),
+    (2, 3, 4, 4),
+    ("N", "M"),
+    ("N", "M", 4),
+    (3, 4),
+    (4,),
+    ("M", 4),
+    ("N", 1, "M"),
+    (1, 1, 4),
+    ("N",),
+    (),
+)
+_SIZES = ({"N": 2, "M": 3}, {"N": 1, "M": 1}, {"N": 3, "M": 2})
+
+
+@st.composite
+def graphs(draw: Draw) -> Graph:
+    """Draw a graph of up to some twenty nodes with three to five feeds.
+
+    The feeds take different sizes for the dynamic axes, one of them perhaps empty; they hold normal numbers, edge
+    values, large ones, and perhaps NaN and infinities.
+    """
+    sizes, strange = list(_SIZES), [False] * len(_SIZES)
+    if draw(st.integers(0, 2)) == 2:
+        sizes.append(draw(st.sampled_from([{"N": 0, "M": 2}, {"N": 2, "M": 0}])))
+        strange.append(False)
+    if draw(st.integers(0, 3)) == 3:
+        sizes.append({"N": 2, "M": 2})
+        strange.append(True)
+    opset = draw(st.sampled_from(opsets()[::-1]))
+    versions = [3, 4, 7] if opset < 9 else [7, 8, 10] if opset < 21 else [10]
+    b = Builder(draw, opset, draw(st.sampled_from(versions)), strange, feeds=[{} for _ in sizes])
+    for _ in range(b.number(1, 3)):
+        b.input(b.choose(_DTYPES), b.choose(_SHAPES), sizes)
+    grow(b, (*OPERATORS, *OPERATORS, *LAYERS, *LAYERS, *LAYERS, *BODIES), b.number(2, 18))
+    outputs = _outputs(b)
+    graph = b.to_graph(outputs)
+    if b.ir_version < 4:
+        known = {tensor.name for tensor in graph.input}
+        for tensor in graph.initializer:
+            if tensor.name not in known:
+                graph.input.add(name=tensor.name).type.tensor_type.elem_type = tensor.data_type
+                graph.input[-1].type.tensor_type.shape.SetInParent()
+                for size in tensor.dims:
+                    graph.input[-1].type.tensor_type.shape.dim.add(dim_value=size)
+    model = to_model(graph, opset, b.ir_version, b.functions)
+    try:
+        checker.check_model(model, full_check=True)
+        session = session_of(model)
+        for feed in b.feeds:
+            session.run(None, feed)
+    except Exception:  # neither onnx nor ONNX Runtime has one type for what is not legal
+        assume(False)
+    return Graph(model, b.feeds, _largest(b), [value.exact for value in outputs], strange)
+
+
+def _outputs(b: Builder) -> list[Value]:
+    """The last result, and perhaps others: on the way, inputs, constants."""
+    made = {name for node in b.nodes for name in node.output}
+    results = [value for value in b.values if value.name in made]
+    found = results[-1:] or b.values[-1:]
+    for _ in range(b.number(0, 3)):
+        other = b.choose(results if results and b.chance(6) is False else b.values)
+        if all(other is not value for value in found):
+            found.append(other)
+    return found
+
+
+def _largest(b: Builder) -> list[float]:
+    """For each feed the largest finite number among all tensors of floats."""
+    return [
+        max(
+            (
+                float(np.abs(array[np.isfinite(array)]).max(initial=0.0))
+                for array in (value.arrays[index] for value in b.values if value.kind == "f")
+            ),
+            default=0.0,
+        )
+        for index in range(len(b.strange))
+    ]
