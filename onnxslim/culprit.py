@@ -18,6 +18,8 @@ from onnxslim.record import Check, UndoneEntry
 __all__ = ["Checked", "run_checked"]
 
 _MOST_CULPRITS = 8
+# A pass may tidy up behind its last rewrite, so one more may come with others; many mean that it makes no fixed order.
+_AT_ONCE = 3
 # Where these fail, it is not for what one rewrite did to the outputs: the pass crashed, or nothing can be compared.
 _NOBODYS_FAULT = frozenset({"runs", "feeds"})
 
@@ -67,17 +69,12 @@ def run_checked(pass_: Pass, model: Model, context: Context, check: Checker) -> 
     whole = _attempt(pass_, model, context, check)
     found = whole
     undone: list[UndoneEntry] = []
-    while (
-        pass_.lossless
-        and found.broken is not None
-        and found.broken.name not in _NOBODYS_FAULT
-        and len(undone) < _MOST_CULPRITS
-    ):
-        culprit = _find(pass_, model, context, check, found)
-        if culprit is None:
+    while pass_.lossless and found.broken is not None and len(undone) < _MOST_CULPRITS:
+        culprits = _find(pass_, model, context, check, found)
+        if not culprits:
             break
-        undone.append(culprit)
-        context = replace(context, skip=context.skip | {(culprit.rule, culprit.node)})
+        undone += culprits
+        context = replace(context, skip=context.skip | {(culprit.rule, culprit.node) for culprit in culprits})
         found = _attempt(pass_, model, context, check)
         if any((change.rule, change.node) in context.skip for change in found.outcome.changes):
             break  # the pass does not honour ``skip``
@@ -101,24 +98,29 @@ def _attempt(pass_: Pass, model: Model, context: Context, check: Checker) -> Che
     return Checked(candidate, outcome, checks)
 
 
-def _find(pass_: Pass, model: Model, context: Context, check: Checker, failing: Checked) -> UndoneEntry | None:
-    """The rewrite with which the check begins to fail; None where the pass cannot be stopped before it."""
+def _find(pass_: Pass, model: Model, context: Context, check: Checker, failing: Checked) -> list[UndoneEntry]:
+    """The rewrite with which the check begins to fail; nothing where the pass cannot be stopped before it."""
     if failing.broken is None or failing.broken.name in _NOBODYS_FAULT:
-        return None
-    holds, fails = 0, len(failing.outcome.changes)
-    order = [(change.rule, change.node) for change in failing.outcome.changes]
-    last = failing
+        return []
+    whole = len(failing.outcome.changes)
+    holds, fails = 0, whole
+    last, before = failing, _attempt(pass_, model, replace(context, limit=0), check)
+    if len(before.outcome.changes) >= whole:
+        return []  # it does not honour ``limit``
+    if before.broken is not None:  # what it does whatever the limit is, such as to clean up
+        last, before, fails = before, Checked(None, Outcome()), 0
     while fails - holds > 1:
         middle = (holds + fails) // 2
         tried = _attempt(pass_, model, replace(context, limit=middle), check)
-        made = [(change.rule, change.node) for change in tried.outcome.changes]
-        if made != order[:middle]:
-            return None  # it does not honour ``limit``, or crashes
         if tried.broken is None:
-            holds = middle
+            holds, before = middle, tried
         else:
             fails, last = middle, tried
     broken = last.broken
     assert broken is not None
-    rule, node = order[fails - 1]
-    return UndoneEntry(rule=rule, node=node, why=broken.detail)
+    known = {(change.rule, change.node) for change in before.outcome.changes}
+    new = dict.fromkeys((change.rule, change.node) for change in last.outcome.changes)
+    culprits = [place for place in new if place not in known]
+    if broken.name in _NOBODYS_FAULT or len(culprits) > _AT_ONCE:
+        return []
+    return [UndoneEntry(rule=rule, node=node, why=broken.detail) for rule, node in culprits]
