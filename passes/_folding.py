@@ -99,11 +99,23 @@ class Folding:
         for tensor in list(node.outputs):
             needed = self.g.is_output(tensor) or any(not self._is_known(user) for user in tensor.outputs)
             array = self.g.facts.of(tensor).known
-            if needed and array is not None and self.ledger.allows(RULE, name):
+            if array is None or not needed or not self._may_be_written(tensor, array.dtype):
+                continue
+            if self.ledger.allows(RULE, name):
                 self._replace(tensor, array)
                 self.ledger.change(RULE, name, f"{op} became the constant {_describe(array)}")
                 changed = True
         return changed
+
+    def _may_be_written(self, tensor: gs.Tensor, dtype: np.dtype) -> bool:
+        """Whether a constant can stand for a tensor: Constant nodes hold floats only before version 9."""
+        node = tensor.inputs[0]
+        if not (self.g.scope(node).in_function or self.g.is_output(tensor)):
+            return True
+        if self.g.opset(node) >= 9 or dtype.kind == "f":
+            return True
+        self.ledger.refuse(RULE, node, f"Constant nodes of opset {self.g.opset(node)} hold no {dtype}")
+        return False
 
     def _is_constant(self, tensor: gs.Tensor) -> bool:
         """Whether the value of a tensor is in the file or will be computed."""
@@ -283,7 +295,7 @@ class Folding:
         for tensor in results:
             node = tensor.inputs[0]
             name, op, array = label(node), node.op, self.values.pop(id(tensor))
-            if self.ledger.allows(RULE, name):
+            if self._may_be_written(tensor, array.dtype) and self.ledger.allows(RULE, name):
                 self._replace(tensor, array)
                 self.ledger.change(RULE, name, f"{op} became the constant {_describe(array)}")
                 changed = True

@@ -436,3 +436,10 @@ def test_random_graphs_compute_the_same(source, fold_first, seed):
     onnx.checker.check_model(after, full_check=True)
     for first, second in zip(wanted, run(after, feed), strict=True):
         assert_same(first, second, 0)
+
+
+def test_an_output_is_no_constant_of_a_type_that_constant_nodes_lack():
+    source = parse("g (float[n, 3] x) => (int64[k] y) { s = Shape(x) y = Shape(s) }", opset=8)
+    model, (outcome,) = rewrite(source, FoldConstants(), feeds=[{"x": plain(2, 3)}])
+    assert ops(model)["Shape"] == 2
+    assert any("opset 8" in refusal.why for refusal in outcome.refusals)
