@@ -15,8 +15,9 @@ _TOLERANCES = {
     "float16": (1e-2, 2e-3),
     "bfloat16": (5e-2, 1e-2),
 }
-# A rewrite may move a result by as much as ONNX Runtime's own rewrites of the original do, and a little more.
-_NOISE_FACTOR = 2.0
+# A rewrite may move a result by some times what ONNX Runtime's own rewrites of the original do: both are one sample each
+# of how rounding errors add up, and in a deep network single samples lie far apart.
+_NOISE_FACTOR = 8.0
 _BLOCK = 2**18
 
 
