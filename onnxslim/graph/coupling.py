@@ -18,9 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
@@ -28,6 +27,9 @@ from numpy.typing import NDArray
 from onnxslim.graph.shapes import Shapes, infer_shapes
 from onnxslim.graph.walk import drop_value_info
 from onnxslim.model import Model
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 __all__ = ["Axis", "Coupling", "Cut", "Group", "Member", "Use", "couple", "cut"]
 
@@ -112,6 +114,12 @@ class Cut:
 Adjustment = Callable[[Cut], None]
 
 
+def _empty_graph() -> nx.Graph:
+    import networkx  # takes a quarter of a second, which every command would pay that never prunes
+
+    return networkx.Graph()
+
+
 @dataclass(eq=False)
 class Coupling:
     """All that is known about the axes of one model; it holds until the model changes.
@@ -126,7 +134,7 @@ class Coupling:
         groups: the channels, filled by `couple`.
     """
 
-    network: nx.Graph = field(default_factory=nx.Graph)
+    network: nx.Graph = field(default_factory=_empty_graph)
     places: dict[Axis, Place] = field(default_factory=dict)
     links: list[tuple[Axis, Axis, Indices, Indices]] = field(default_factory=list)
     frozen: dict[Axis, str] = field(default_factory=dict)
@@ -166,6 +174,8 @@ def couple(model: Model, shapes: Shapes | None = None) -> Coupling:
     Weights in Constant nodes are not seen as weights: call ``hoist_constants`` first. Bodies of If, Loop and Scan and
     local functions are not looked into; what they read is frozen.
     """
+    import networkx
+
     from onnxslim.graph.channel_rules import trace
 
     coupling = Coupling()
@@ -174,7 +184,7 @@ def couple(model: Model, shapes: Shapes | None = None) -> Coupling:
     for use in coupling.uses:
         if use.makes:
             made.setdefault(use.axis, len(made))
-    parts = [part for part in nx.connected_components(coupling.network) if any(axis in made for axis in part)]
+    parts = [part for part in networkx.connected_components(coupling.network) if any(axis in made for axis in part)]
     part_of = {axis: number for number, part in enumerate(parts) for axis in part}
     links: list[list[tuple[Axis, Axis, Indices, Indices]]] = [[] for _ in parts]
     for link in coupling.links:
