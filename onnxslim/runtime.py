@@ -17,9 +17,8 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import onnx
@@ -27,9 +26,11 @@ from google.protobuf.message import DecodeError, EncodeError
 
 from onnxslim.errors import ModelError
 from onnxslim.model import Model, load
-from onnxslim.record import Latency
 from onnxslim.staging import EXOTIC_TYPES, Staged
 from onnxslim.tensors import NO_SYMBOLS, tensor_nbytes
+
+if TYPE_CHECKING:
+    from onnxslim.record import Latency
 
 __all__ = [
     "Feed",
@@ -54,10 +55,7 @@ Feed = dict[str, np.ndarray]
 """One inference: input (or output) name -> array. Sequence outputs are lists of arrays."""
 
 Kind: TypeAlias = Literal["tensor", "sequence", "optional", "map"]
-Whole: TypeAlias = Model | Path | str | bytes | onnx.ModelProto
-"""A model with its weights."""
-
-ModelSource: TypeAlias = Whole | Staged
+ModelSource: TypeAlias = Model | Path | str | bytes | onnx.ModelProto
 
 
 class Runner(Protocol):
@@ -110,7 +108,7 @@ class Session:
 
     def __init__(
         self,
-        model: ModelSource,
+        model: ModelSource | Staged,
         *,
         threads: int = 0,
         outputs: Sequence[str] | None = None,
@@ -164,12 +162,12 @@ class Session:
             for name, value in feed.items()
         }
         try:
-            results = self._session.run(self.output_names, values)
+            results = self._session.run(self.output_names, values, self._run_options())
         except Exception as error:  # ONNX Runtime's own exception types share no base below Exception
             raise ModelError(f"{self._name}: {_reason(error)}") from None
         return dict(zip(self.output_names, results, strict=True))
 
-    def _load(self, model: ModelSource, outputs: Sequence[str] | None, *, optimize: bool) -> Any:
+    def _load(self, model: ModelSource | Staged, outputs: Sequence[str] | None, *, optimize: bool) -> Any:
         import onnxruntime
 
         whole = model.model if isinstance(model, Staged) else model
@@ -210,8 +208,17 @@ class Session:
             # next run would not pay.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             options.add_session_config_entry("session.disable_prepacking", "1")
-            options.enable_cpu_mem_arena = False
             options.enable_mem_pattern = False
+        return options
+
+    def _run_options(self) -> Any:
+        """None, or how to run without keeping the memory for the next run."""
+        if self.optimize:
+            return None
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         return options
 
     def _shared(self, staged: Staged, extra: onnx.ModelProto, options: Any) -> str:
@@ -226,7 +233,7 @@ class Session:
         path.write_bytes(staged.path.read_bytes() + appendix)
         return str(path)
 
-    def _source(self, model: Whole, extra: onnx.ModelProto, options: Any) -> str | bytes:
+    def _source(self, model: ModelSource, extra: onnx.ModelProto, options: Any) -> str | bytes:
         """What to hand to ONNX Runtime: a path, or bytes.
 
         ``extra`` is merged by appending it: protobuf defines the concatenation of two messages as their merge, so the
@@ -258,7 +265,7 @@ class Session:
         (path / "session.onnx").write_bytes((path / "model.onnx").read_bytes() + appendix)
         return str(path / "session.onnx")
 
-    def _inner(self, model: Whole, outputs: Sequence[str]) -> list[str]:
+    def _inner(self, model: ModelSource, outputs: Sequence[str]) -> list[str]:
         """Which of the wanted tensors are not outputs of the model yet."""
         if isinstance(model, Model):
             known = {tensor.name for node in model.graph.nodes for tensor in (*node.inputs, *node.outputs)}
@@ -331,7 +338,7 @@ def _parsed(model: Path | str | bytes | onnx.ModelProto) -> onnx.ModelProto:
         raise ModelError(f"{name}: not an ONNX model, or truncated ({error}).") from None
 
 
-def _declared_ranks(model: ModelSource) -> dict[str, bool]:
+def _declared_ranks(model: ModelSource | Staged) -> dict[str, bool]:
     """Input name -> whether its rank is declared. ONNX Runtime shows a scalar and an unknown rank alike, as []."""
     if isinstance(model, Staged):
         model = model.model
@@ -437,6 +444,8 @@ class Timing:
         baseline_name: str | None = None,
     ) -> Latency:
         """The entry of a record; with ``baseline``, timed in the same run, also the ratio of the medians."""
+        from onnxslim.record import Latency
+
         return Latency(
             runtime=runtime,
             threads=threads,
@@ -603,6 +612,8 @@ def environment() -> dict[str, str]:
 
     TVM's version comes from its package metadata; TVM itself is not loaded.
     """
+    from importlib import metadata
+
     found = {"python": platform.python_version()}
     for package in ("onnxslim", "numpy", "onnx", "onnxruntime", "onnx-graphsurgeon", "apache-tvm"):
         try:
