@@ -153,9 +153,8 @@ def _new_bias(g: Rewriter, layer: Layer, affine: Affine, dtype: np.dtype, freed:
     tensor = layer.bias
     if tensor is None and affine.shift is None:
         return None
-    old = np.zeros(1)
+    old, value = np.zeros(1), None if tensor is None else g.constant(tensor)
     if tensor is not None:
-        value = g.constant(tensor)
         if value is None:
             return Refused(f"the bias {tensor.name!r} of the {layer.node.op} is not constant")
         if value.size not in (1, layer.channels) or (value.ndim > 1 and value.size != value.shape[-1]):
@@ -171,7 +170,7 @@ def _new_bias(g: Rewriter, layer: Layer, affine: Affine, dtype: np.dtype, freed:
     whole = np.broadcast_to(total, (layer.channels,)) if layer.node.op != "MatMul" else total
     narrow = _narrowed(np.ascontiguousarray(whole), dtype, strict=False)
     # A bias of zeros stays itself when it is scaled, and shared with others.
-    same = tensor is not None and not isinstance(narrow, Refused) and np.array_equal(narrow, g.constant(tensor))
+    same = value is not None and not isinstance(narrow, Refused) and np.array_equal(narrow, value)
     return None if same and _beta(layer.node) == 1.0 else narrow
 
 

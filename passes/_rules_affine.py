@@ -22,7 +22,7 @@ from onnxslim.passes._rewriter import Rewriter
 from onnxslim.passes._rules import Refused, Rule, rule
 from onnxslim.passes._rules_constants import narrow_constant, scale_and_shift
 
-__all__ = ["AFFINE_RULES"]
+__all__ = ["AFFINE_RULES", "fold_affine"]
 
 # What only moves numbers about: a factor may be applied before or behind it.
 _VIEWS = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "DepthToSpace", "SpaceToDepth")
@@ -30,7 +30,7 @@ _COPY_LIMIT = 1024
 
 
 @rule("fold-affine", "Mul", "Div", "Add", "Sub", since=7)
-def _into_layer_before(g: Rewriter, node: gs.Node) -> str | Refused | None:
+def fold_affine(g: Rewriter, node: gs.Node) -> str | Refused | None:
     """A constant that scales or shifts the channels of a Conv, ConvTranspose, Gemm or MatMul goes into its weights."""
     binary = with_constant(g, node)
     if binary is None or binary.value.dtype not in FLOATS or inner(g, binary.x, node, *LAYERS, "Add") is None:
@@ -240,7 +240,7 @@ def _apply(g: Rewriter, taker: _Taker, factor: float) -> Refused | None:
 
 
 AFFINE_RULES: tuple[Rule, ...] = (
-    _into_layer_before,
+    fold_affine,
     _into_layer_behind,
     _through_erf_gate,
     _behind_views,

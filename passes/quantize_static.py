@@ -17,7 +17,7 @@ from pydantic import Field
 from onnxslim.errors import ModelError
 from onnxslim.graph.shapes import Shapes, infer_shapes
 from onnxslim.graph.walk import drop_value_info, hoist_constants, remove_dead_nodes
-from onnxslim.passes._absorb import absorb_adds, absorb_pads
+from onnxslim.passes._absorb import absorb
 from onnxslim.passes._calibration import Method, Observed, choose_range, histograms, observe
 from onnxslim.passes._correction import corrections, output_error
 from onnxslim.passes._opset import raise_opset
@@ -92,8 +92,7 @@ class QuantizeStatic(Pass):
         if unraised:
             outcome.refuse("qdq", "model", f"{unraised}, and per-channel quantization needs {_OPSET}")
         else:
-            absorb_pads(model)
-            absorb_adds(model)
+            absorb(model)
             _Run(self, model, context.calibration.take(self.max_samples), context, outcome).run()
         if self.weight_only and model.opset >= _BROADCAST_OPSET:
             stored = quantize_stored_weights(model, lambda node: matches(node, self.exclude), outcome)
