@@ -15,8 +15,8 @@ _TOLERANCES = {
     "float16": (1e-2, 2e-3),
     "bfloat16": (5e-2, 1e-2),
 }
-# A rewrite may move a result by some times what ONNX Runtime's own rewrites of the original do: both are one sample each
-# of how rounding errors add up, and in a deep network single samples lie far apart.
+# A rewrite may move a result by some times what ONNX Runtime's own rewrites of the original do: each is one sample of
+# how rounding errors add up, and in a deep network single samples lie far apart.
 _NOISE_FACTOR = 8.0
 _BLOCK = 2**18
 
@@ -84,15 +84,25 @@ def _float_fault(expected: np.ndarray, got: np.ndarray, relative: float, scaled:
     return fault
 
 
-def within_noise(expected: Any, plain: Any, got: Any) -> bool:
-    """Whether ``got`` departs no further than ONNX Runtime's unoptimised result of the original does."""
+def within_noise(expected: Any, other_way: Any, got: Any) -> bool:
+    """Whether ``got`` departs from the original's output no further than rounding may take it.
+
+    Args:
+        expected: the original's output.
+        other_way: the same from the original with ONNX Runtime's optimisations switched the other way.
+        got: the result's output.
+    """
     if isinstance(expected, list):
-        return isinstance(plain, list) and len(plain) == len(expected) and all(map(within_noise, expected, plain, got))
-    if not isinstance(expected, np.ndarray) or form_fault(expected, plain):
+        return (
+            isinstance(other_way, list)
+            and len(other_way) == len(expected)
+            and all(map(within_noise, expected, other_way, got))
+        )
+    if not isinstance(expected, np.ndarray) or form_fault(expected, other_way):
         return False
     if expected.dtype.name not in _TOLERANCES:
-        return value_fault(plain, got) is None
-    a, b, c = (value.astype(np.float64) for value in (expected, plain, got))
+        return value_fault(other_way, got) is None
+    a, b, c = (value.astype(np.float64) for value in (expected, other_way, got))
     finite = np.isfinite(a)
     if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(finite, np.isfinite(c)):
         return False
