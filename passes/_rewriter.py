@@ -158,6 +158,10 @@ class Rewriter:
         """The one node that reads a tensor, once; None when there are more or it is an output of a graph."""
         return tensor.outputs[0] if len(tensor.outputs) == 1 and not self.is_output(tensor) else None
 
+    def is_sole_user(self, node: gs.Node, tensor: gs.Tensor) -> bool:
+        """Whether a node alone reads a tensor, once."""
+        return self.sole_user(tensor) is node
+
     def producer(self, tensor: gs.Tensor, *ops: str) -> gs.Node | None:
         """The node of the default domain that makes a tensor, when it is one of ``ops`` (any, when none is given).
 
@@ -504,7 +508,9 @@ class Rewriter:
         """Learn ranks again from the nodes that are left; whether anything was learned, and nodes were woken."""
         learned = []
         for scope in self.scopes:
-            learned += self.facts.require_ranks([node for node in scope.graph.nodes if self.is_alive(node)])
+            alive = [node for node in scope.graph.nodes if self.is_alive(node)]
+            read = [node for node in alive if not all(self.is_unused(tensor) for tensor in node.outputs)]
+            learned += self.facts.require_ranks(read)
         for tensor in learned:
             for node in (*tensor.inputs, *tensor.outputs):
                 self._touch(node)

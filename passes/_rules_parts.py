@@ -17,7 +17,7 @@ def _slice_of_slice(g: Rewriter, node: gs.Node) -> str | None:
     inner = g.producer(node.inputs[0], "Slice")
     if inner is None or not g.is_visible(g.scope(node), inner.inputs[0]):
         return None
-    if g.sole_user(node.inputs[0]) is not node:
+    if not g.is_sole_user(node, node.inputs[0]):
         return None
     bounds, inner_bounds = _bounds(g, node), _bounds(g, inner)
     if bounds is None or inner_bounds is None or set(bounds[2]) & set(inner_bounds[2]):
@@ -152,7 +152,7 @@ def _concat_of_concat(g: Rewriter, node: gs.Node) -> str | None:
     inputs: list[gs.Tensor] = []
     for tensor in node.inputs:
         inner = g.producer(tensor, "Concat")
-        nested = inner is not None and int(inner.attrs["axis"]) % rank == axis and g.sole_user(tensor) is node
+        nested = inner is not None and int(inner.attrs["axis"]) % rank == axis and g.is_sole_user(node, tensor)
         if nested and inner is not None and all(g.is_visible(g.scope(node), each) for each in inner.inputs):
             inputs += inner.inputs
         else:

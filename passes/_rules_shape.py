@@ -201,7 +201,7 @@ def _part_of_shape(g: Rewriter, node: gs.Node) -> str | None:
 def _shape_of_source(g: Rewriter, node: gs.Node) -> str | None:
     """Shape(f(x)) -> Shape(x) where they have one shape for every input and nothing else reads f(x)."""
     maker = g.producer(node.inputs[0])
-    if maker is None or g.sole_user(node.inputs[0]) is not node:
+    if maker is None or not g.is_sole_user(node, node.inputs[0]):
         return None
     shape = g.shape(node.inputs[0])
     for tensor in maker.inputs if shape is not None else ():

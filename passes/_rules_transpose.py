@@ -160,7 +160,7 @@ def _merge(g: Rewriter, node: gs.Node) -> str | None:
     perms = []
     for tensor in node.inputs:
         inner = g.producer(tensor, "Transpose")
-        if inner is None or g.sole_user(tensor) is not node or not g.is_visible(g.scope(node), inner.inputs[0]):
+        if inner is None or not g.is_sole_user(node, tensor) or not g.is_visible(g.scope(node), inner.inputs[0]):
             return None
         perms.append(inner.attrs.get("perm"))
     if len(perms) < 2 or perms[0] is None or any(perm != perms[0] for perm in perms):

@@ -104,7 +104,7 @@ def _view_before_norm(g: Rewriter, node: gs.Node) -> str | None:
     """view(f(view(x))) -> f(view(view(x))) for an f along the last axis, which neither view touches: the views fuse."""
     inner = g.producer(node.inputs[0], "LayerNormalization", "Softmax", "LogSoftmax")
     before, after = g.shape(node.inputs[0]), g.shape(node.outputs[0])
-    if inner is None or g.sole_user(node.inputs[0]) is not node or not before or not after or before[-1] != after[-1]:
+    if inner is None or not g.is_sole_user(node, node.inputs[0]) or not before or not after or before[-1] != after[-1]:
         return None
     version, axis = g.opset(inner), inner.attrs.get("axis", -1)
     if axis not in (-1, len(before) - 1) or (inner.op != "LayerNormalization" and version < 13):
@@ -114,16 +114,15 @@ def _view_before_norm(g: Rewriter, node: gs.Node) -> str | None:
     if any((g.rank(tensor) or 0) > 1 for tensor in inner.inputs[1:]):
         return None  # a scale that is broadcast along other axes as well
     first = g.producer(inner.inputs[0], *_VIEWS, "Transpose")
-    if first is None or not _is_view(g, first) or g.sole_user(inner.inputs[0]) is not inner:
+    if first is None or not _is_view(g, first) or not g.is_sole_user(inner, inner.inputs[0]):
         return None
     target = reshape_target(g.shape(first.inputs[0]), after)
     if target is None or g.scope(inner) is not g.scope(node) or g.scope(first) is not g.scope(node):
         return None
     shape = g.make_constant(g.scope(node), f"{node.outputs[0].name}_shape", np.array(target, np.int64))
     moved = g.insert_before(inner, "Reshape", {}, [first.inputs[0], shape])
-    op, inputs = inner.op, [moved, *inner.inputs[1:]]
-    g.rewrite(node, op, {**inner.attrs, "axis": -1}, inputs)
-    return f"moved before the {op}"
+    g.rewrite(node, inner.op, {**inner.attrs, "axis": -1}, [moved, *inner.inputs[1:]])
+    return f"moved before the {node.op}"
 
 
 VIEW_RULES: tuple[Rule, ...] = (_same_twice, _view_of_view, _reshape_view, _view_before_norm)

@@ -72,7 +72,6 @@ STAYING = {
     "y = Squeeze(w, a)",
     "narrowing-cast": "h = Cast<to = 10>(x) y = Cast<to = 1>(h)",
     "integer-cast": "i = Cast<to = 6>(x) y = Cast<to = 1>(i)",
-    "transposes": "t = Transpose<perm = [0, 2, 1]>(x) r = Relu(t) y = Transpose<perm = [0, 2, 1]>(r)",
     "reshape-swapped": "s = Constant<value = int64[3] {0, 6, 4}>() r = Reshape(x, s) q = Exp(r) "
     "p = Constant<value = int64[3] {0, 4, 6}>() y = Reshape(q, p)",
     "slice": "b = Constant<value = int64[1] {0}>() e = Constant<value = int64[1] {2}>() "

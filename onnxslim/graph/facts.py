@@ -77,8 +77,6 @@ class Facts:
         for tensor in model.graph.inputs:
             self._set(tensor, _declared(tensor, named=True))
         self._enter(model.graph, model.opset)
-        if any([self.require_ranks(graph.nodes) for graph in model.graphs()]):
-            self._enter(model.graph, model.opset)
         for function in model.graph.functions:
             self._enter(function, function.opset or model.opset)
 
@@ -88,7 +86,7 @@ class Facts:
         When one node of a graph runs, all of them do, so this holds wherever the tensor is read.
 
         Args:
-            nodes: all nodes of the graph, in its order.
+            nodes: the nodes of the graph of which something is read, in its order; a runtime leaves out the others.
 
         Returns:
             The tensors of which something was learned.
