@@ -1,4 +1,4 @@
-"""Random graphs keep their outputs through all lossless passes, with no guard behind them.
+"""Random graphs keep their outputs through the pass behind ``slim``, with no guard behind it.
 
 Some hundred graphs in every run; ``ONNXSLIM_EXAMPLES=5000`` makes it thousands.
 """

@@ -1,6 +1,6 @@
 """Hand-made traps at which simplifiers go wrong silently: each says why, and what must still be simplified.
 
-Every model goes through the lossless passes with no guard behind them. Outputs must keep their bits, signs of zeros
+Every model goes through the pass behind ``slim`` with no guard behind it. Outputs must keep their bits, signs of zeros
 included, but where ``rounding`` says that the rewrite adds in another order.
 """
 
