@@ -85,13 +85,10 @@ def output_edit(g: Rewriter, layer: Layer, affine: Affine, freed: int = 0) -> Ed
         found = _constant_weight(g, node)
         if isinstance(found, Refused):
             return found
-        scaled = _scale_rows(node, found, affine.scale)
+        scaled = _scaled(found, _row_factor(node, found, affine.scale), strict=affine.shift is None)
         if isinstance(scaled, Refused):
             return scaled
-        narrow = _narrowed(scaled, dtype, strict=affine.shift is None)
-        if isinstance(narrow, Refused):
-            return narrow
-        weight = narrow
+        weight = scaled
     bias = _new_bias(g, layer, affine, dtype, freed)
     if isinstance(bias, Refused):
         return bias
@@ -111,11 +108,10 @@ def input_edit(g: Rewriter, layer: Layer, affine: Affine, source: gs.Tensor) -> 
         return old
     weight: np.ndarray | None = None
     if affine.scale is not None:
-        scaled = _scale_columns(node, old, affine.scale)
-        narrow = scaled if isinstance(scaled, Refused) else _narrowed(scaled, dtype, strict=True)
-        if isinstance(narrow, Refused):
-            return narrow
-        weight = narrow
+        scaled = _scaled(old, _column_factor(node, old, affine.scale), strict=True)
+        if isinstance(scaled, Refused):
+            return scaled
+        weight = scaled
     bias = None if affine.shift is None else _shifted_bias(g, layer, old, affine.shift, dtype)
     if isinstance(bias, Refused):
         return bias
@@ -168,7 +164,7 @@ def _new_bias(g: Rewriter, layer: Layer, affine: Affine, dtype: np.dtype, freed:
         return Refused("the bias that it would make is larger than what it removes")
     # Conv and ConvTranspose take a vector of all channels; a number broadcasts everywhere else.
     whole = np.broadcast_to(total, (layer.channels,)) if layer.node.op != "MatMul" else total
-    narrow = _narrowed(np.ascontiguousarray(whole), dtype, strict=False)
+    narrow = _narrowed(np.ascontiguousarray(whole), dtype)
     # A bias of zeros stays itself when it is scaled, and shared with others.
     same = value is not None and not isinstance(narrow, Refused) and np.array_equal(narrow, value)
     return None if same and _beta(layer.node) == 1.0 else narrow
@@ -178,48 +174,66 @@ def _beta(node: gs.Node) -> float:
     return float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
 
 
-def _narrowed(wide: np.ndarray, dtype: np.dtype, *, strict: bool) -> np.ndarray | Refused:
-    """Round once; with ``strict``, only where no number comes out less precise than others."""
+def _narrowed(wide: np.ndarray, dtype: np.dtype) -> np.ndarray | Refused:
+    """Round once."""
     with np.errstate(over="ignore", under="ignore"):
         narrow = wide.astype(dtype)
-    if not np.isfinite(narrow).all():
+    return narrow if np.isfinite(narrow).all() else Refused("the folded weights would overflow")
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """What a weight is multiplied with: ``weight.reshape(view) * values``."""
+
+    view: tuple[int, ...]
+    values: np.ndarray
+
+
+def _scaled(weight: np.ndarray, factor: _Factor | Refused, *, strict: bool) -> np.ndarray | Refused:
+    """Multiply in float64 and round once; with ``strict``, only where that leaves the numbers their precision."""
+    if isinstance(factor, Refused):
+        return factor
+    result = np.empty(factor.view, weight.dtype)
+    with np.errstate(over="ignore", under="ignore"):
+        # NumPy casts block by block: a large weight is never there in float64 as a whole.
+        np.multiply(weight.reshape(factor.view), factor.values, out=result, dtype=np.float64, casting="same_kind")
+    low, high = float(result.min(initial=0)), float(result.max(initial=0))
+    if not np.isfinite([low, high]).all():
         return Refused("the folded weights would overflow")
-    if strict and _vanishes(wide, dtype):
+    limits = np.finfo(weight.dtype)
+    if strict and max(-low, high) < limits.tiny / limits.eps and weight.any() and factor.values.any():
         return Refused("the folded weights would lose precision, they are so small")
-    return narrow
+    return result.reshape(weight.shape)
 
 
-def _scale_rows(node: gs.Node, weight: np.ndarray, scale: np.ndarray) -> np.ndarray | Refused:
-    """The weight of a layer with the channels of its result scaled, float64."""
-    wide = weight.astype(np.float64)
+def _row_factor(node: gs.Node, weight: np.ndarray, scale: np.ndarray) -> _Factor:
+    """How to scale the channels of the result of a layer."""
     if scale.size == 1:
-        return np.asarray(wide * scale.reshape(()))
+        return _Factor(weight.shape, scale.reshape(()))
     if node.op == "Conv":
-        return np.asarray(wide * scale.reshape(-1, *[1] * (weight.ndim - 1)))
+        return _Factor(weight.shape, scale.reshape(-1, *[1] * (weight.ndim - 1)))
     if node.op == "ConvTranspose":
-        groups = int(node.attrs.get("group", 1))
         # Weight [inputs, outputs per group, ...]: rows of group i make the channels of group i.
-        grouped = wide.reshape(groups, -1, *weight.shape[1:])
-        factor = scale.reshape(groups, 1, weight.shape[1], *[1] * (weight.ndim - 2))
-        return np.asarray((grouped * factor).reshape(weight.shape))
-    return np.asarray(wide * (scale[:, None] if node.attrs.get("transB", 0) else scale))
+        groups = int(node.attrs.get("group", 1))
+        view = (groups, weight.shape[0] // groups, *weight.shape[1:])
+        return _Factor(view, scale.reshape(groups, 1, weight.shape[1], *[1] * (weight.ndim - 2)))
+    return _Factor(weight.shape, scale[:, None] if node.attrs.get("transB", 0) else scale)
 
 
-def _scale_columns(node: gs.Node, weight: np.ndarray, scale: np.ndarray) -> np.ndarray | Refused:
-    """The weight of a layer with the channels of its input scaled, float64."""
-    wide = weight.astype(np.float64)
+def _column_factor(node: gs.Node, weight: np.ndarray, scale: np.ndarray) -> _Factor | Refused:
+    """How to scale the channels of the input of a layer."""
     if scale.size == 1:
-        return np.asarray(wide * scale.reshape(()))
+        return _Factor(weight.shape, scale.reshape(()))
     if node.op == "Conv":
         groups = int(node.attrs.get("group", 1))
         if weight.shape[1] * groups != scale.size or weight.shape[0] % groups:
             return Refused("its channels are not those of the Conv behind it")
-        factor = scale.reshape(groups, 1, weight.shape[1], *[1] * (weight.ndim - 2))
-        return np.asarray((wide.reshape(groups, -1, *weight.shape[1:]) * factor).reshape(weight.shape))
+        view = (groups, weight.shape[0] // groups, *weight.shape[1:])
+        return _Factor(view, scale.reshape(groups, 1, weight.shape[1], *[1] * (weight.ndim - 2)))
     axis = 1 if node.attrs.get("transB", 0) else 0
     if weight.shape[axis] != scale.size:
         return Refused(f"its channels are not those of the {node.op} behind it")
-    return np.asarray(wide * scale.reshape([-1 if each == axis else 1 for each in range(weight.ndim)]))
+    return _Factor(weight.shape, scale.reshape([-1 if each == axis else 1 for each in range(weight.ndim)]))
 
 
 def _shift_of_output(node: gs.Node, weight: np.ndarray, shift: np.ndarray) -> np.ndarray | Refused:
@@ -228,16 +242,10 @@ def _shift_of_output(node: gs.Node, weight: np.ndarray, shift: np.ndarray) -> np
     if node.attrs.get("transB", 0):
         inputs = weight.shape[1]
     full = np.broadcast_to(shift, (inputs,)) if shift.size in (1, inputs) else shift
-    moved = _scale_columns(node, weight, full)
-    if isinstance(moved, Refused):
-        return moved
+    factor = _column_factor(node, weight, full)
+    if isinstance(factor, Refused):
+        return factor
+    moved = (weight.reshape(factor.view).astype(np.float64) * factor.values).reshape(weight.shape)
     if node.op == "Conv" or node.attrs.get("transB", 0):
         return np.asarray(moved.reshape(weight.shape[0], -1).sum(axis=1))
     return np.asarray(moved.sum(axis=0))
-
-
-def _vanishes(wide: np.ndarray, dtype: np.dtype) -> bool:
-    """Whether the largest of some numbers is so small that a type rounds all of them more than it does others."""
-    largest = np.abs(wide).max(initial=0)
-    limits = np.finfo(dtype)
-    return bool(0 < largest < limits.tiny / limits.eps)
