@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from rich.console import Console
 
 from onnxslim.boundary import cut, fix_input_shapes, parse_shapes
 from onnxslim.check_inputs import CheckInputs, parse_check_inputs
@@ -255,6 +254,8 @@ def slim(
     )
     run = simplify_model(loaded, options)
     if verbose:
+        from rich.console import Console
+
         from onnxslim.console_slim import explain  # prints, so it is above this module
 
         explain(Console(), run)
