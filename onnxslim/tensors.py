@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -121,9 +122,11 @@ class TensorSource(LazyValues):  # type: ignore[misc]
     def _read(self) -> np.ndarray:
         if self.sparse:
             return _dense(self.tensor)
+        if self.dtype == object:
+            return _strings(self.tensor)
         raw = self._mapped() if self.external is not None else self.raw
         try:
-            if raw is not None and _bits(self.dtype) >= 8 and self.dtype != object:
+            if raw is not None and _bits(self.dtype) >= 8:
                 dtype = self.dtype.newbyteorder("<") if self.dtype.kind in "iufc" else self.dtype
                 array: np.ndarray = raw.view(dtype).reshape(self.shape)
                 return array
@@ -271,6 +274,20 @@ def _bits(dtype: np.dtype) -> int:
     four |= {np.dtype(getattr(ml_dtypes, name)) for name in ("float4_e2m1fn",) if hasattr(ml_dtypes, name)}
     two = {np.dtype(getattr(ml_dtypes, name)) for name in ("int2", "uint2") if hasattr(ml_dtypes, name)}
     return 4 if dtype in four else 2 if dtype in two else 8 * dtype.itemsize
+
+
+def _strings(tensor: TensorProto) -> np.ndarray:
+    """Strings as an object array: of str, or of bytes where one of them is no UTF-8."""
+    strings: list[str] | list[bytes] = list(tensor.string_data)
+    with contextlib.suppress(UnicodeDecodeError):
+        strings = [item.decode() for item in tensor.string_data]
+    if len(strings) != math.prod(tensor.dims):
+        raise ModelError(
+            f"initializer {tensor.name!r}: holds {len(strings)} strings, its shape is {list(tensor.dims)}."
+        )
+    values = np.empty(len(strings), object)
+    values[:] = strings
+    return values.reshape(shape)
 
 
 def _dense(sparse: onnx.SparseTensorProto) -> np.ndarray:

@@ -304,3 +304,84 @@ def test_fresh_names_are_new_everywhere():
     assert model.fresh_name("sum") == "sum_2"
     assert model.fresh_name("new") == "new"
     assert model.fresh_name("unused") == "unused_1"
+
+
+def test_large_external_weights_stay_beside_the_model(tmp_path):
+    """1 MB or more that were kept apart are kept apart; less, or what a pass made anew, goes into the file."""
+    path, _ = _big_model(tmp_path, size=600)
+    model = load(path)
+    model.save(tmp_path / "apart.onnx")
+    assert external_files(tmp_path / "apart.onnx") == [(tmp_path / "apart.onnx.data").resolve()]
+    assert load(tmp_path / "apart.onnx").to_proto() == model.to_proto()
+    for number, constant in enumerate(model.graph.initializers):
+        constant.values = np.full(constant.shape, number, np.float32)
+    model.save(tmp_path / "anew.onnx")
+    small, _ = _big_model(tmp_path, size=300)
+    load(small).save(tmp_path / "small.onnx")
+    assert external_files(tmp_path / "anew.onnx") == external_files(tmp_path / "small.onnx") == []
+
+
+def test_weights_that_went_missing_meanwhile_are_one_clear_error(tmp_path):
+    path, _ = _big_model(tmp_path, size=600)
+    model = load(path)
+    (tmp_path / "weights.bin").write_bytes(b"short")
+    with pytest.raises(ModelError, match=r"weights.bin: became shorter while the model was in use"):
+        model.save(tmp_path / "out.onnx")
+    assert not list(tmp_path.glob("*out.onnx*"))
+
+
+def test_a_file_may_change_after_it_was_loaded(tmp_path):
+    path = tmp_path / "m.onnx"
+    proto = helper.make_model(helper.make_graph([], "g", [], [], [_weight("w", 400)]), ir_version=8)
+    path.write_bytes(proto.SerializeToString())
+    model = load(path)
+    path.write_bytes(b"")
+    assert model.to_proto() == proto
+
+
+def test_a_proto_that_was_given_is_not_changed():
+    proto = _rich_model()
+    before = proto.SerializeToString()
+    model = load(proto)
+    for constant in model.constants():
+        assert constant.values is not None
+    copied = model.copy()
+    copied.graph.nodes[0].outputs[0].name = "renamed"
+    copied.graph.nodes.clear()
+    copied.graph.functions.clear()
+    copied.header.producer_name = "another"
+    copied.to_proto()
+    assert proto.SerializeToString() == before
+    assert _normal(model.to_proto()) == _normal(proto)
+
+
+def test_a_copy_shares_weights_and_nothing_else():
+    body = helper.make_graph(
+        [helper.make_node("Local", ["x"], ["b"], domain="local")], "b", [], [helper.make_empty_tensor_value_info("b")]
+    )
+    nodes = [helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)]
+    inputs = [helper.make_tensor_value_info("x", 1, ["N"]), helper.make_tensor_value_info("c", 9, [])]
+    outputs = [helper.make_tensor_value_info("y", 1, None)]
+    function = helper.make_function(
+        "local", "Local", ["a"], ["r"], [helper.make_node("Neg", ["a"], ["r"])], [helper.make_opsetid("", 17)]
+    )
+    proto = helper.make_model(
+        helper.make_graph(nodes, "g", inputs, outputs, [_weight("w", 400)]),
+        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("local", 1)],
+        functions=[function],
+    )
+    model = load(proto.SerializeToString())
+    copied = model.copy()
+    originals = {id(item) for graph in model.graphs() for item in (graph, *graph.nodes, *graph.tensors().values())}
+    for graph in copied.graphs():
+        assert graph.functions is not model.graph.functions
+        assert not originals & {id(item) for item in (graph, *graph.nodes, *graph.tensors().values())}
+        for node in graph.nodes:  # links lead to the copy in both directions
+            assert all(any(user is node for user in tensor.outputs) for tensor in node.inputs)
+            assert all(any(maker is node for maker in tensor.inputs) for tensor in node.outputs)
+    weights = [next(m.constants())._values for m in (model, copied)]
+    assert weights[0] is weights[1]
+    copied.graph.nodes[0].attrs["then_branch"].nodes[0].op = "Other"
+    copied.graph.functions[0].nodes[0].op = "Abs"
+    copied.graph.inputs[0].shape[0] = 7
+    assert _normal(model.to_proto()) == _normal(proto)
