@@ -281,10 +281,9 @@ def _strings(tensor: TensorProto) -> np.ndarray:
     strings: list[str] | list[bytes] = list(tensor.string_data)
     with contextlib.suppress(UnicodeDecodeError):
         strings = [item.decode() for item in tensor.string_data]
-    if len(strings) != math.prod(tensor.dims):
-        raise ModelError(
-            f"initializer {tensor.name!r}: holds {len(strings)} strings, its shape is {list(tensor.dims)}."
-        )
+    shape = tuple(tensor.dims)
+    if len(strings) != math.prod(shape):
+        raise ModelError(f"initializer {tensor.name!r}: holds {len(strings)} strings, but its shape is {list(shape)}.")
     values = np.empty(len(strings), object)
     values[:] = strings
     return values.reshape(shape)
