@@ -9,24 +9,21 @@ from onnxslim.passes._folding import Folding, growth_limit
 from onnxslim.passes._rewriter import Rewriter
 from onnxslim.passes._rules import Ledger, Rule, apply_rules
 from onnxslim.passes._rules_merge import InitializerMerger, merge_nodes
-from onnxslim.passes.base import Context, Outcome
 from onnxslim.tensors import tensor_nbytes
 
 __all__ = ["run_rules"]
 
 
-def run_rules(model: Model, rules: Iterable[Rule], context: Context, outcome: Outcome, *, merge: bool = False) -> None:
+def run_rules(model: Model, rules: Iterable[Rule], ledger: Ledger, *, merge: bool = False) -> None:
     """Apply rules and fold constants until nothing is left to do.
 
     Args:
         model: rewritten in place.
         rules: tried in this order at each node.
-        context: what may be rewritten.
-        outcome: where it is noted.
+        ledger: says what may be rewritten, and notes it.
         merge: also merge equal initializers and equal nodes.
     """
     g = Rewriter(model)
-    ledger = Ledger(outcome, context)
     merger = InitializerMerger(g, ledger)
     if merge:
         merger.merge_all()

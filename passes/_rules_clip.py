@@ -27,6 +27,8 @@ def _clip_clip(g: Rewriter, node: gs.Node) -> str | None:
     if inside is None or outside is None:
         return None
     low, high = (_clamp(bound, outside) for bound in inside)
+    if low == high == 0:
+        return None  # always 0, where Clip(-0, 0, 0) is -0
     if not np.isfinite([low, high]).all() or not _write_clip(g, node, before.inputs[0], low, high):
         return None
     return f"merged with the {before.op} before it into one Clip"

@@ -7,6 +7,7 @@ from typing import ClassVar
 from onnxslim.graph.cost import node_count
 from onnxslim.model import Model
 from onnxslim.passes._engine import run_rules
+from onnxslim.passes._rules import Ledger
 from onnxslim.passes._rules_shape import SHAPE_RULES
 from onnxslim.passes.base import Context, Outcome, Pass
 
@@ -38,7 +39,7 @@ class FoldConstants(Pass):
         """Rewrite ``model`` in place; see :class:`onnxslim.passes.base.Pass`."""
         outcome = Outcome()
         before = node_count(model)
-        run_rules(model, SHAPE_RULES, context, outcome)
+        run_rules(model, SHAPE_RULES, Ledger(outcome, context))
         outcome.numbers = {"nodes folded": before - node_count(model)}
         if not outcome.modified and not outcome.refusals:
             outcome.refuse("fold-constants", "the model", "no node reads constants only")

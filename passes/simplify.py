@@ -11,7 +11,7 @@ from onnxslim.graph.cost import node_count
 from onnxslim.graph.walk import hoist_constants
 from onnxslim.model import Model
 from onnxslim.passes._engine import run_rules
-from onnxslim.passes._rules import Rule
+from onnxslim.passes._rules import Ledger, Rule
 from onnxslim.passes._rules_chain import CHAIN_RULES
 from onnxslim.passes._rules_control import CONTROL_RULES
 from onnxslim.passes._rules_fusion import FUSION_RULES
@@ -80,14 +80,15 @@ _RULES: tuple[Rule, ...] = (
 
 def _rewrite(model: Model, rules: tuple[Rule, ...], context: Context, outcome: Outcome) -> None:
     """Apply rules, then drop what the model no longer needs."""
-    if context.allows("hoist-constants", "all graphs"):
+    ledger = Ledger(outcome, context)
+    if ledger.allows("hoist-constants", "all graphs"):
         hoisted = hoist_constants(model)
         if hoisted:
-            outcome.change("hoist-constants", "all graphs", f"made {hoisted} Constant nodes initializers")
-    run_rules(model, (merge_equal_sizes(), *rules), context, outcome, merge=True)
-    _drop_unused_initializers(model, outcome)
-    _drop_unused_functions(model, outcome)
-    _drop_unused_imports(model, outcome)
+            ledger.change("hoist-constants", "all graphs", f"made {hoisted} Constant nodes initializers")
+    run_rules(model, (merge_equal_sizes(), *rules), ledger, merge=True)
+    _drop_unused_initializers(model, ledger)
+    _drop_unused_functions(model, ledger)
+    _drop_unused_imports(model, ledger)
 
 
 def _passes_inference(model: Model) -> bool:
@@ -103,19 +104,19 @@ def _passes_inference(model: Model) -> bool:
     return True
 
 
-def _drop_unused_initializers(model: Model, outcome: Outcome) -> None:
+def _drop_unused_initializers(model: Model, ledger: Ledger) -> None:
     for graph in model.graphs():
         unused = graph.__dict__.get("unused_initializers")
-        if not unused:
+        if not unused or not ledger.allows("drop-unused", unused[0].name):
             continue
         for constant in unused:
-            outcome.change("drop-unused", constant.name, "removed an initializer that nothing reads")
+            ledger.change("drop-unused", constant.name, "removed an initializer that nothing reads")
         ids = {id(constant) for constant in unused}
         graph.initializers = [constant for constant in graph.initializers if id(constant) not in ids]
         graph.unused_initializers = []
 
 
-def _drop_unused_functions(model: Model, outcome: Outcome) -> None:
+def _drop_unused_functions(model: Model, ledger: Ledger) -> None:
     """Keep the functions that the main graph calls, directly or through others."""
     by_key: dict[tuple[str, str], list[gs.Graph]] = {}
     for function in model.graph.functions:
@@ -133,20 +134,22 @@ def _drop_unused_functions(model: Model, outcome: Outcome) -> None:
                 pending += by_key[key]
     kept = []
     for function in model.graph.functions:
-        if (function.domain or "", function.name) in called:
+        if (function.domain or "", function.name) in called or not ledger.allows("drop-unused", function.name):
             kept.append(function)
         else:
-            outcome.change("drop-unused", function.name, "removed a local function that nothing calls")
+            ledger.change("drop-unused", function.name, "removed a local function that nothing calls")
     if len(kept) < len(model.graph.functions):
         model.graph.functions = kept
 
 
-def _drop_unused_imports(model: Model, outcome: Outcome) -> None:
+def _drop_unused_imports(model: Model, ledger: Ledger) -> None:
     """Drop imports of operator sets of which no node is left; the default one stays."""
     used = {"", "ai.onnx"}
     for graph in model.graphs():
         used.update(node.domain or "" for node in graph.nodes)
     used.update(function.domain or "" for function in model.graph.functions)
     for entry in [entry for entry in model.header.opset_import if entry.domain not in used]:
+        if not ledger.allows("drop-unused", entry.domain):
+            continue
         model.header.opset_import.remove(entry)
-        outcome.change("drop-unused", entry.domain, "removed the import of an operator set that no node uses")
+        ledger.change("drop-unused", entry.domain, "removed the import of an operator set that no node uses")
