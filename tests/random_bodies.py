@@ -11,21 +11,24 @@ from random_layers import LAYERS
 from random_ops import OPERATORS
 
 _FLOAT32 = np.dtype(np.float32)
+_TRIES = 4
 
 
 def grow(b: Builder, operators: Sequence[Callable[[Builder], None]], steps: int) -> None:
-    """Try to add nodes; what does not fit is left out."""
+    """Add nodes, or groups of them; where none of a few that are tried fits, a step adds nothing."""
     for _ in range(steps):
-        try:
-            b.choose(operators)(b)
-        except RejectedError:
-            continue
+        for _ in range(_TRIES):
+            try:
+                b.choose(operators)(b)
+            except RejectedError:
+                continue
+            break
 
 
 def _body(b: Builder) -> Builder:
     if b.depth >= 2:
         raise RejectedError
-    return Builder(b.draw, b.opset, b.ir_version, b.strange, parent=b)
+    return Builder(b.rng, b.opset, b.ir_version, b.strange, parent=b)
 
 
 def _input(body: Builder, arrays: Sequence[np.ndarray], dtype: np.dtype, *, exact: bool) -> Value:

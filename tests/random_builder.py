@@ -8,6 +8,7 @@ rounding errors go by.
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +16,9 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 Array = np.ndarray
-Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 # Larger numbers lose so many digits to rounding that a wrong result would pass for a right one.
 _LARGEST = {"float16": 1e2, "float32": 1e4, "float64": 1e4}
@@ -91,7 +90,7 @@ class Graph:
 class Builder:
     """A graph under construction, or a body in one (which has a ``parent`` whose values it may read)."""
 
-    draw: Draw
+    rng: random.Random
     opset: int
     ir_version: int
     strange: list[bool]
@@ -107,10 +106,14 @@ class Builder:
     # ------------------------------------------------------------------------------------------------------- draws
 
     def number(self, low: int, high: int) -> int:
-        return int(self.draw(st.integers(low, high)))
+        return self.root.rng.randint(low, high)
 
     def choose(self, options: Sequence[Any]) -> Any:
         return options[self.number(0, len(options) - 1)]
+
+    def shuffled(self, count: int) -> list[int]:
+        """The numbers below ``count`` in some order."""
+        return self.root.rng.sample(range(count), count)
 
     def chance(self, one_in: int = 2) -> bool:
         return self.number(0, one_in - 1) == one_in - 1
@@ -210,17 +213,26 @@ class Builder:
         made = [self.name() for _ in range(outputs)]
         label = self.choose(["", made[0]])
         node = helper.make_node(op, names, made, label, domain=domain, **attributes)
-        reads = {value.name: value for value in self.visible() if value.name in {*names, *_captured(node)}}
-        arrays = _run_alone(node, list(reads.values()), self, made)
+        return self.add_together([node], made, exact=exact)
+
+    def add_together(self, nodes: Sequence[onnx.NodeProto], made: Sequence[str], *, exact: bool = True) -> list[Value]:
+        """Add nodes that only make sense together, as when one passes a sequence on; ``made`` are their tensors.
+
+        Raises:
+            RejectedError: as for :meth:`add`.
+        """
+        names = {name for node in nodes for name in (*node.input, *_captured(node))}
+        reads = [value for value in self.visible() if value.name in names]
+        arrays = _run_alone(nodes, reads, self, made)
         for results in arrays:
             self._check(results)
-        sound = exact and all(value.exact for value in reads.values())
-        constant = not any(not value.constant for value in reads.values())
+        sound = exact and all(value.exact for value in reads)
+        constant = all(value.constant for value in reads)
         results = [
-            Value(name, tuple(each), sound or each[0].dtype.kind not in "f", constant)
+            Value(name, tuple(each), sound or each[0].dtype.kind != "f", constant)
             for name, each in zip(made, arrays, strict=True)
         ]
-        self.nodes.append(node)
+        self.nodes += nodes
         self.values += results
         return results
 
@@ -293,13 +305,13 @@ def _captured(node: onnx.NodeProto) -> set[str]:
 
 
 def _run_alone(
-    node: onnx.NodeProto, reads: Sequence[Value], builder: Builder, made: Sequence[str]
+    nodes: Sequence[onnx.NodeProto], reads: Sequence[Value], builder: Builder, made: Sequence[str]
 ) -> list[list[Array]]:
-    """What a node gives under each feed: for each of its outputs, one array a feed."""
+    """What nodes give under each feed: for each of its outputs, one array a feed."""
     inputs = [
         helper.make_tensor_value_info(value.name, helper.np_dtype_to_tensor_dtype(value.dtype), None) for value in reads
     ]
-    graph = helper.make_graph([node], "one", inputs, [onnx.ValueInfoProto(name=name) for name in made])
+    graph = helper.make_graph(list(nodes), "one", inputs, [onnx.ValueInfoProto(name=name) for name in made])
     model = to_model(graph, builder.opset, max(builder.ir_version, 4), builder.root.functions)
     try:
         session = session_of(model)

@@ -265,5 +265,5 @@ def shape_chain(b: Builder) -> None:
 
 LAYERS: tuple[Callable[[Builder], None], ...] = (
     convolution, convolution, convolution, batch_norm, matrix_product, matrix_product, gemm, pool, softmax,
-    normalisation, activation, shape_chain, shape_chain, shape_chain,
+    normalisation, normalisation, activation, activation, activation, shape_chain, shape_chain, shape_chain,
 )  # fmt: skip

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from hypothesis import strategies as st
 from onnx import helper
 from random_builder import Builder, RejectedError, Value
 
@@ -164,14 +163,14 @@ def _fits(array: np.ndarray, dtype: np.dtype) -> bool:
 def transpose(b: Builder) -> None:
     x = b.pick(_ANY, lambda value: value.rank > 1)
     for _ in range(b.number(1, 2)):
-        order = list(b.draw(st.permutations(range(x.rank))))
+        order = b.shuffled(x.rank)
         x = b.add("Transpose", [x], perm=order)[0] if b.chance(8) is False else b.add("Transpose", [x])[0]
 
 
 def transpose_around(b: Builder) -> None:
     """A transpose, something that it can be pushed through, and its inverse."""
     x = b.pick("f", lambda value: value.rank > 1)
-    order = list(b.draw(st.permutations(range(x.rank))))
+    order = b.shuffled(x.rank)
     y = b.add("Transpose", [x], perm=order)[0]
     for _ in range(b.number(1, 2)):
         step = b.choose(["Relu", "Add", "Mul", "Softmax", "Concat", "Reduce", "Pad", "Tanh", "Split"])
@@ -327,7 +326,7 @@ def pad(b: Builder) -> None:
             ]
             x = b.add("Pad", [*given, b.constant([signed(b, axis, x.rank)], np.int64)], mode=mode)[0]
         else:
-            x = padded(b, x, [b.choose([0, 0, 1, 2, -1]) for _ in range(2 * x.rank)], mode, value)
+            x = padded(b, x, [b.choose([0, 0, 1, 2, -1][: b.choose([1, 5])]) for _ in range(2 * x.rank)], mode, value)
 
 
 def expand(b: Builder) -> None:
@@ -338,7 +337,8 @@ def expand(b: Builder) -> None:
 
 def tile(b: Builder) -> None:
     x = b.pick(_ANY, lambda value: value.rank > 0)
-    b.add("Tile", [x, b.constant([b.choose([1, 1, 2]) for _ in range(x.rank)], np.int64)])
+    times = b.chance()
+    b.add("Tile", [x, b.constant([b.choose([1, 1, 2]) if times else 1 for _ in range(x.rank)], np.int64)])
 
 
 def gather(b: Builder) -> None:
@@ -361,16 +361,18 @@ def dropout(b: Builder) -> None:
 
 def again(b: Builder) -> None:
     """The same node once more, perhaps with its operands in the other order."""
-    nodes = [node for node in b.nodes if node.op_type not in ("Constant", "If", "Loop", "Scan")]
+    found = {value.name: value for value in b.visible()}
+    tensors = {"", *found}
+    nodes = [node for node in b.nodes if node.input and not any(a.HasField("g") for a in node.attribute)]
+    nodes = [node for node in nodes if tensors.issuperset((*node.input, *node.output))]
     if not nodes:
         raise RejectedError
     node = nodes[-b.number(1, min(len(nodes), 6))]
-    found = {value.name: value for value in b.visible()}
     inputs = [found[name] if name else None for name in node.input]
     if node.op_type in ("Add", "Mul") and b.chance():
         inputs.reverse()
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    exact = all(found[name].exact for name in node.output if name in found)
+    exact = all(found[name].exact for name in node.output)
     b.add(node.op_type, inputs, len(node.output), exact=exact, domain=node.domain, **attributes)
 
 
@@ -386,7 +388,7 @@ def reduction(b: Builder) -> None:
     op = b.choose(["ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2", "ReduceSumSquare"])
     axes = sorted({b.number(0, x.rank - 1) for _ in range(b.number(1, 2))})
     y = reduced(b, op, x, None if b.chance(5) else axes, b.number(0, 1))
-    if b.chance(3) and y.rank:
+    if y.rank and b.chance(3):
         reduced(b, op, y, [b.number(0, y.rank - 1)], 1)
 
 
