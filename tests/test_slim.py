@@ -246,6 +246,19 @@ def test_the_command_line_says_what_it_did(small, tmp_path, command):
     assert "folded" in out
 
 
+def test_long_ledgers_are_cut_on_the_terminal_only(tmp_path, command):
+    body = " ".join(f"i{k} = Identity (x) r{k} = Relu (i{k}) y{k} = Exp (r{k})" for k in range(30))
+    outputs = ", ".join(f"float[N] y{k}" for k in range(30))
+    text = f'<ir_version: 8, opset_import: ["" : 17]> g (float[N] x) => ({outputs}) {{ {body} }}'
+    onnx.save(parser.parse_model(text), tmp_path / "in.onnx")
+    arguments = ("slim", tmp_path / "in.onnx", tmp_path / "out.onnx")
+    _, out, _ = command(*arguments, "--explain")
+    lines = out[out.index("Applied: drop-identity 30") :].splitlines()
+    assert lines[9] == "  … 22 more"
+    _, out, _ = command(*arguments, "--json")
+    assert sum(change["rule"] == "drop-identity" for change in json.loads(out)["changes"]) == 30
+
+
 def test_the_command_line_takes_the_same_options(net, tmp_path, command):
     source, made = tmp_path / "in.onnx", tmp_path / "out.onnx"
     onnx.save(net, source)
