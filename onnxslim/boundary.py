@@ -15,6 +15,9 @@ from onnxslim.graph.walk import drop_value_info, remove_dead_nodes
 from onnxslim.model import Model
 from onnxslim.suggest import unknown_name
 
+# Below this, Cast names the type that it makes instead of giving its number.
+_OLDEST_OPSET = 6
+
 Shape = list[int | str | None]
 
 __all__ = ["ELEMENT_TYPES", "cut", "fix_input_shapes", "parse_shapes"]
@@ -224,5 +227,9 @@ def _make_input(model: Model, end: _End, types: Shapes) -> gs.Variable:
 
 
 def _cast(model: Model, source: gs.Tensor, target: gs.Tensor) -> gs.Node:
+    if model.opset < _OLDEST_OPSET:
+        raise RecipeError(
+            f"{target.name!r}: the model's opset is {model.opset}, and types can be converted from {_OLDEST_OPSET} on."
+        )
     code = helper.np_dtype_to_tensor_dtype(np.dtype(target.dtype))
     return gs.Node("Cast", model.fresh_name(f"{target.name}_cast"), {"to": code}, [source], [target])

@@ -27,9 +27,12 @@ __all__ = ["FLOAT_TYPES", "convert_floats"]
 FLOAT_TYPES = {"fp16": np.float16, "float16": np.float16, "fp32": np.float32, "float32": np.float32}
 """The float types that a model can be converted to, by name."""
 
+# Below this, Cast names the type that it makes instead of giving its number.
+_OLDEST_OPSET = 6
 # Ops that take float16 and compute too coarsely in it: counts and positions above 2,048, orders of close numbers.
 _COARSE = frozenset(
     {
+        "BitCast",
         "CumSum",
         "Max",
         "Min",
@@ -57,11 +60,15 @@ def convert_floats(model: Model, name: str) -> Model:
         name: one of :data:`FLOAT_TYPES`.
 
     Raises:
-        RecipeError: the name is another one.
+        RecipeError: the name is another one, or the model's opset is below 6.
     """
     if name not in FLOAT_TYPES:
         hint = " For int8, use the pass quantize-static of `onnxslim optimize`." if "int8" in name else ""
         raise RecipeError(unknown_name("dtype", name, FLOAT_TYPES) + hint)
+    if model.opset < _OLDEST_OPSET:
+        raise RecipeError(
+            f"dtype: the model's opset is {model.opset}, and types can be converted from opset {_OLDEST_OPSET} on."
+        )
     if model.graph.functions:
         model = load(inline_local_functions(model.to_proto()))
     target = np.dtype(FLOAT_TYPES[name])
@@ -78,7 +85,6 @@ class _Conversion:
         self.source = source
         self.target = target
         self.codes = {helper.np_dtype_to_tensor_dtype(source): helper.np_dtype_to_tensor_dtype(target)}
-        self.coarse = _COARSE if target.itemsize < source.itemsize else frozenset()
         self.types = infer_shapes(model)
         self.opsets = {entry.domain or "": entry.version for entry in model.header.opset_import}
         # Read before anything is changed: who reads a tensor, in which place.
@@ -128,7 +134,8 @@ class _Conversion:
     def _keeps(self, node: gs.Node, index: int, *, inputs: bool) -> bool:
         """Whether a place of a node has to keep the old type."""
         domain = "" if node.domain in (None, "ai.onnx") else node.domain
-        if not domain and node.op in self.coarse:
+        narrows = self.target == np.float16
+        if narrows and (domain or node.op in _COARSE):
             return True
         try:
             schema = onnx.defs.get_schema(node.op, self.opsets.get(domain, self.model.opset), domain)
@@ -141,8 +148,8 @@ class _Conversion:
         allowed = next(
             (c.allowed_type_strs for c in schema.type_constraints if c.type_param_str == place.type_str), None
         )
-        wanted = "tensor(float16)" if self.target == np.float16 else "tensor(float)"
-        return wanted not in (allowed if allowed is not None else [place.type_str])
+        wanted = "tensor(float16)" if narrows else "tensor(float)"  # also within a sequence
+        return not any(wanted in kind for kind in (allowed if allowed is not None else [place.type_str]))
 
     # --------------------------------------------------------------------------------------------------- constants
 
@@ -209,6 +216,11 @@ class _Conversion:
         outputs = [tensor for tensor in node.outputs if not tensor.is_empty()]
         if not outputs or id(outputs[0]) in self.unchanged or node.domain not in (None, "", "ai.onnx"):
             return
+        if node.op == "Optional" and isinstance(node.attrs.get("type"), onnx.AttributeProto):
+            attribute = onnx.AttributeProto()
+            attribute.CopyFrom(node.attrs["type"])
+            self._convert_type(attribute.tp)
+            node.attrs["type"] = attribute
         if node.op in ("Constant", "ConstantOfShape"):
             self._convert_value(node)
             return
@@ -259,12 +271,15 @@ class _Conversion:
         """The declaration of a sequence, an optional or a tensor with the new element type."""
         copy = onnx.ValueInfoProto()
         copy.CopyFrom(info)
-        kind = copy.type
+        self._convert_type(copy.type)
+        return copy
+
+    def _convert_type(self, kind: onnx.TypeProto) -> None:
+        """Replace the element type, in place."""
         while kind.WhichOneof("value") in ("sequence_type", "optional_type"):
             kind = getattr(kind, kind.WhichOneof("value")).elem_type
         if kind.WhichOneof("value") == "tensor_type" and kind.tensor_type.elem_type in self.codes:
             kind.tensor_type.elem_type = self.codes[kind.tensor_type.elem_type]
-        return copy
 
 
 def _rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -164,6 +164,16 @@ def test_back_to_single(small):
     np.testing.assert_allclose(_run(single, {"x": X})[0], np.maximum(X, 0) + 2)
 
 
+def test_sequences_are_of_the_new_type():
+    body = "e = SequenceEmpty <dtype = 1> () s = SequenceInsert (e, x) z = Constant <value_ints = [0]> () "
+    _same(_model(body + "i = Squeeze (z) y = SequenceAt (s, i)"), {"x": X})
+
+
+def test_opsets_without_a_cast_by_number_are_refused():
+    with pytest.raises(onnxslim.RecipeError, match="opset is 5"):
+        convert_floats(onnxslim.load(parser.parse_model(_model("y = Relu (x)", opset=5))), "fp16")
+
+
 def test_other_types_are_refused(small):
     with pytest.raises(onnxslim.RecipeError, match="quantize-static"):
         convert_floats(onnxslim.load(small / "model.onnx"), "int8")
