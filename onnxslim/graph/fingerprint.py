@@ -283,7 +283,7 @@ def _content(tensor: gs.Constant) -> tuple[Any, ...]:
         data = array_to_tensor("", array).SerializeToString()
     else:
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    return str(array.dtype), array.shape, hashlib.blake2b(data, digest_size=16).digest()
+    return str(array.dtype), array.shape, hashlib.sha256(data).digest()
 
 
 def _plain(value: Any) -> Any:
