@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from onnxslim.bench import BenchEntry
-from onnxslim.compare import Comparison
-from onnxslim.goals import human_bytes
-from onnxslim.inspection import Inspection
-from onnxslim.passes import Pass
-from onnxslim.record import GraphDifference, GraphPlace, Latency, Record, Score, Snapshot, TargetEntry
-from onnxslim.targets import TARGETS
+from onnxslim.units import human_bytes
+
+if TYPE_CHECKING:
+    from onnxslim.bench import BenchEntry
+    from onnxslim.compare import Comparison
+    from onnxslim.inspection import Inspection
+    from onnxslim.passes import Pass
+    from onnxslim.record import GraphDifference, GraphPlace, Latency, Record, Score, Snapshot, TargetEntry
 
 __all__ = [
     "print_bench",
@@ -284,6 +286,8 @@ def print_passes(console: Console, kinds: list[type[Pass]], *, whole: bool) -> N
 
 def print_targets(console: Console) -> None:
     """Every target."""
+    from onnxslim.targets import TARGETS
+
     table = _table("Targets", "name", "description")
     for target in TARGETS.values():
         table.add_row(target.name, escape(target.description))

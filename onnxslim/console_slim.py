@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from onnxslim.goals import human_bytes
 from onnxslim.ledger import Figures, RuleLines, grouped
 from onnxslim.slim import SlimRun
+from onnxslim.units import human_bytes
 
 __all__ = ["explain", "print_figures", "print_slim"]
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ByteSize
-
 from onnxslim.metrics import drop
 from onnxslim.recipe import Goals, TargetOptions
 from onnxslim.record import GoalEntry, Latency, Score, Snapshot, TargetEntry
+from onnxslim.units import human_bytes
 
-__all__ = ["EXIT_CODES", "human_bytes", "judge", "summarize", "verdict"]
+__all__ = ["EXIT_CODES", "judge", "summarize", "verdict"]
 
 Verdict = Literal["met", "not met", "no goals"]
 
@@ -103,11 +102,6 @@ def _latency(name: str, wanted: float, latency: Latency | None, detail: str) -> 
 def _margin(spare: float, form: str, unit: str = "", short: str = "too much") -> str:
     """How far inside or outside of a goal the result is."""
     return f"{spare:{form}}{unit} to spare" if spare >= 0 else f"{-spare:{form}}{unit} {short}"
-
-
-def human_bytes(size: int) -> str:
-    """Bytes in decimal units, such as 1.0 MB."""
-    return ByteSize(size).human_readable(decimal=True, separator=" ")
 
 
 def verdict(goals: list[GoalEntry]) -> Verdict:

@@ -36,7 +36,7 @@ __all__ = [
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)  # most commands use a few of these
 
 
 class Interval(_Entry):

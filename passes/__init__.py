@@ -1,18 +1,19 @@
-"""Rewrites of a model, one pass a file."""
+"""Rewrites of a model, one pass a file; each file is imported when a name of it is first asked for."""
 
-from typing import Any
+from __future__ import annotations
 
-from pydantic import ValidationError
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from onnxslim.errors import RecipeError
-from onnxslim.passes.base import Change, Context, Outcome, Pass, Refusal
-from onnxslim.passes.factorize_low_rank import FactorizeLowRank
-from onnxslim.passes.fold_constants import FoldConstants
-from onnxslim.passes.prune_channels import PruneChannels
-from onnxslim.passes.quantize_static import QuantizeStatic
-from onnxslim.passes.share_weights import ShareWeights
-from onnxslim.passes.simplify import Simplify
-from onnxslim.suggest import unknown_name
+if TYPE_CHECKING:
+    from onnxslim.passes.base import Change, Context, Outcome, Pass, Refusal
+    from onnxslim.passes.factorize_low_rank import FactorizeLowRank
+    from onnxslim.passes.fold_constants import FoldConstants
+    from onnxslim.passes.prune_channels import PruneChannels
+    from onnxslim.passes.quantize_static import QuantizeStatic
+    from onnxslim.passes.registry import PASSES, find_pass, make_pass
+    from onnxslim.passes.share_weights import ShareWeights
+    from onnxslim.passes.simplify import Simplify
 
 __all__ = [
     "PASSES",
@@ -31,35 +32,22 @@ __all__ = [
     "make_pass",
 ]
 
-PASSES: dict[str, type[Pass]] = {
-    kind.name: kind for kind in (FoldConstants, Simplify, PruneChannels, FactorizeLowRank, QuantizeStatic, ShareWeights)
+_HOMES = {
+    "base": ("Change", "Context", "Outcome", "Pass", "Refusal"),
+    "factorize_low_rank": ("FactorizeLowRank",),
+    "fold_constants": ("FoldConstants",),
+    "prune_channels": ("PruneChannels",),
+    "quantize_static": ("QuantizeStatic",),
+    "registry": ("PASSES", "find_pass", "make_pass"),
+    "share_weights": ("ShareWeights",),
+    "simplify": ("Simplify",),
 }
-"""Every pass by name, in the order in which they make sense."""
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
-def find_pass(name: str) -> type[Pass]:
-    """The pass of that name.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    if name not in PASSES:
-        raise RecipeError(unknown_name("pass", name, PASSES))
-    return PASSES[name]
-
-
-def make_pass(name: str, options: dict[str, Any]) -> Pass:
-    """Build a pass from its name and options, as a recipe holds them.
-
-    Raises:
-        RecipeError: there is no such pass or option, or a value is of the wrong type or out of range.
-    """
-    kind = find_pass(name)
-    try:
-        return kind(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = str(first["loc"][0]) if first["loc"] else "options"
-        if first["type"] == "extra_forbidden":
-            raise RecipeError(f"pass {name}: {unknown_name('option', option, kind.model_fields)}") from None
-        raise RecipeError(f"pass {name}: {option} = {first['input']!r}: {first['msg']}.") from None
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
