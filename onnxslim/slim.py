@@ -24,6 +24,8 @@ from onnxslim.skipping import rules_to_skip
 
 __all__ = ["SlimOptions", "SlimRun", "check_output_file", "simplify_model", "slim", "slim_file"]
 
+_ABOUT_CASTS = frozenset({"dead-node", "drop-cast", "fuse-casts"})
+
 
 @dataclass(frozen=True)
 class SlimOptions:
@@ -102,6 +104,9 @@ def simplify_model(
     if dtype is not np.float16 or options.dtype is None:
         return run
     converted = convert_floats(run.model, options.dtype)
+    # Casts from the one type to the other have become casts to what is there already.
+    others = frozenset(Simplify().rules()) - _ABOUT_CASTS
+    Simplify().run(converted, Context(skip_rules=others | options.skip_rules))
     if options.check:
         # ONNX Runtime's own optimisations crash on some float16 models that it runs well without.
         Session(converted, optimize=False)

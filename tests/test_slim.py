@@ -88,6 +88,12 @@ def test_the_type_is_converted(small):
     assert {tensor.data_type for tensor in single.graph.initializer} == {TensorProto.FLOAT}
 
 
+def test_casts_between_the_two_types_do_not_stay(net):
+    made = onnxslim.slim(net, inputs=["a:fp16"], dtype="fp16")
+    assert _ops(made) == ["Exp"]
+    assert made.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT16
+
+
 def test_weights_go_into_a_file_of_their_own(small, tmp_path):
     onnxslim.slim(small / "model.onnx", tmp_path / "slim.onnx", save_as_external_data=True)
     assert {path.name for path in tmp_path.iterdir()} == {"slim.onnx", "slim.onnx.data"}
