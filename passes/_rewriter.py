@@ -30,6 +30,9 @@ _PATTERN_LENGTH = 2
 _MOST_READERS = 8
 
 
+_NOTHING = np.zeros(0, np.float32)
+
+
 @dataclass(eq=False)
 class Scope:
     """One graph, body or function: where names are defined and looked up.
@@ -490,11 +493,23 @@ class Rewriter:
         return True
 
     def finish(self) -> None:
-        """Write the lists of nodes back to the graphs."""
+        """Write the lists of nodes back to the graphs, and let go of weights that nothing reads any more.
+
+        graphsurgeon's tensors lie in reference cycles, so a weight that was replaced would stay in memory for long.
+        """
+        kept: set[int] = set()
         for scope in self.scopes:
             nodes = [*scope.prologue, *scope.graph.nodes]
             scope.graph.nodes = [node for node in nodes if id(node) not in self._removed]
             scope.prologue = []
+            unused = {id(tensor) for tensor in scope.graph.__dict__.get("unused_initializers", ())}
+            held = scope.graph.__dict__.get("initializers", [])
+            scope.graph.initializers = [t for t in held if id(t) in unused or not self.is_unused(t)]
+            kept.update(map(id, scope.graph.initializers))
+            self._keep += held
+        for tensor in self._keep:
+            if isinstance(tensor, gs.Constant) and id(tensor) not in kept and self.is_unused(tensor):
+                tensor._values = _NOTHING
 
     # ---------------------------------------------------------------------------------------------------- worklist
 
