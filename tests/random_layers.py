@@ -54,7 +54,7 @@ def convolution(b: Builder) -> None:
 
 
 def _spatial_pad(b: Builder, x: Value, value: float | None) -> Value:
-    ends = [0, 0, *(b.number(0, 2) for _ in range(x.rank - 2))]
+    ends = [0, 0, *(b.choose([0, 1, 2, -1]) for _ in range(x.rank - 2))]
     return padded(b, x, [*ends, *(min(end, 1) for end in ends)], "constant", value)
 
 

@@ -125,8 +125,8 @@ def where(b: Builder) -> None:
 
 def clip(b: Builder) -> None:
     x = b.pick("fi")
-    for _ in range(b.number(1, 2)):
-        low, high = b.choose([(-1, 1), (0, 6), (0, None), (None, 2), (2, -1), (None, None), (-3, 3)])
+    for _ in range(b.number(1, 3)):
+        low, high = b.choose([(-1, 1), (0, 6), (1, 3), (0, None), (None, 2), (2, -1), (None, None), (-3, 3)])
         if b.opset < 11:
             limits = {key: float(value) for key, value in (("min", low), ("max", high)) if value is not None}
             x = b.add("Clip", [x], **limits)[0]
@@ -265,7 +265,7 @@ def slices(b: Builder) -> None:
         axes = sorted({b.number(0, x.rank - 1) for _ in range(b.number(1, 2))})
         starts, ends = ([b.choose(_FAR) for _ in axes] for _ in range(2))
         if b.chance():
-            starts, ends = [0] * len(axes), [b.choose([1, 2, -1, 100]) for _ in axes]
+            starts, ends = [b.choose([0, 0, 1]) for _ in axes], [b.choose([1, 2, -1, 2**31 - 1]) for _ in axes]
         x = sliced(b, x, starts, ends, axes, [b.choose([1, 1, 1, 2, -1]) for _ in axes])
 
 
