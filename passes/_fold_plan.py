@@ -24,11 +24,13 @@ class Plan:
         nodes: nodes to evaluate and remove, in the order given.
         results: the tensors that must become constants: those that others read.
         refused: results that were given up, with the bytes by which the file would have grown.
+        growth: bytes by which the groups that make the file grow do so, together.
     """
 
     nodes: list[gs.Node]
     results: list[gs.Tensor]
     refused: list[tuple[gs.Tensor, int]]
+    growth: int
 
 
 def plan(g: Rewriter, nodes: list[gs.Node], size: Callable[[gs.Tensor], int], max_growth: int) -> Plan:
@@ -60,12 +62,14 @@ def plan(g: Rewriter, nodes: list[gs.Node], size: Callable[[gs.Tensor], int], ma
         gone = {id(tensor.inputs[0]) for tensor in heavy}
         pending += _groups(g, [node for node in group.nodes if id(node) not in gone], size)
     growing = [group for group in accepted if group.growth > 0]
-    if sum(group.growth for group in growing) > max_growth:
+    growth = sum(group.growth for group in growing)
+    if growth > max_growth:
+        growth = 0
         refused += [(tensor, size(tensor)) for group in growing for tensor in group.results]
         accepted = [group for group in accepted if group.growth <= 0]
     chosen = {id(node) for group in accepted for node in group.nodes}
     results = [tensor for group in accepted for tensor in group.results]
-    return Plan([node for node in nodes if id(node) in chosen], results, refused)
+    return Plan([node for node in nodes if id(node) in chosen], results, refused, growth)
 
 
 @dataclass

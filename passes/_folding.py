@@ -157,15 +157,24 @@ class Folding:
             (node for node in self._candidates.values() if self.g.is_alive(node)), key=self.g.order
         )  # bodies have higher numbers than what they capture
         self._candidates.clear()
+        self._merge_new()
         if not nodes:
             return False
         usable = self._measure(nodes)
         chosen = plan(self.g, usable, self._size, self.limit)
+        self.limit -= chosen.growth
         for tensor, size in chosen.refused:
             self.ledger.refuse(RULE, tensor.inputs[0], f"its result of {size:,} bytes would make the file grow")
         changed = self._commit(self._evaluated(usable, chosen.results))
         self._computed.clear()
         return changed
+
+    def _merge_new(self) -> None:
+        """Store what rules have made once, as what the file held."""
+        while self.g.new_constants:
+            constant = self.g.new_constants.pop()
+            if constant.outputs:
+                self.merge(constant)
 
     def _measure(self, nodes: list[gs.Node]) -> list[gs.Node]:
         """The nodes whose results have a known size, after running those whose size only shows when they run."""

@@ -60,6 +60,7 @@ class Rewriter:
     Attributes:
         model: the model.
         facts: dtypes, shapes and small integer values, kept right while nodes change.
+        new_constants: large constants that rules have made and that nobody has looked at yet.
         scopes: every scope, outer before inner.
     """
 
@@ -67,6 +68,7 @@ class Rewriter:
         self.model = model
         self.facts = Facts(model)
         self.functions = functions_of(model.graph)
+        self.new_constants: list[gs.Constant] = []
         self.scopes: list[Scope] = []
         self._scope: dict[int, Scope] = {}
         self._home: dict[int, Scope] = {}
@@ -431,6 +433,8 @@ class Rewriter:
         self._keep.append(tensor)
         if small:
             self._constants[key] = tensor
+        elif isinstance(tensor, gs.Constant):
+            self.new_constants.append(tensor)
         return tensor
 
     def insert_first(self, scope: Scope, node: gs.Node) -> None:

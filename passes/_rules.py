@@ -58,12 +58,18 @@ def label(node: gs.Node) -> str:
 
 
 class Ledger:
-    """Notes what is rewritten and what is declined, and stops at the limit that the context sets."""
+    """Notes what is rewritten and what is declined, and stops at the limit that the context sets.
+
+    Attributes:
+        outcome: where it is noted.
+        made: how many rewrites were made.
+    """
 
     def __init__(self, outcome: Outcome, context: Context) -> None:
         self.outcome = outcome
         self._context = context
         self._left = context.limit
+        self.made = 0
         self._refused: dict[tuple[str, int], tuple[gs.Node, str]] = {}
 
     @property
@@ -78,6 +84,7 @@ class Ledger:
     def change(self, rule: str, node: str, what: str) -> None:
         """Note a rewrite."""
         self.outcome.change(rule, node, what)
+        self.made += 1
         if self._left is not None:
             self._left -= 1
 
@@ -121,8 +128,22 @@ def apply_rules(rewriter: Rewriter, rules: Iterable[Rule], ledger: Ledger, foldi
             general.append(each)
         for op in each.ops:
             by_op.setdefault(op, []).append(each)
-    for node in rewriter.nodes():
-        rewriter.wake(node)
+    swept = -1
+    while swept != ledger.made:  # what was changed since all nodes were looked at may matter far away
+        swept = ledger.made
+        for node in rewriter.nodes():
+            rewriter.wake(node)
+        _drain(rewriter, by_op, general, ledger, folding)
+
+
+def _drain(
+    rewriter: Rewriter,
+    by_op: dict[str, list[Rule]],
+    general: list[Rule],
+    ledger: Ledger,
+    folding: Background | None,
+) -> None:
+    """Work the worklist off, and what comes up when it is empty."""
     while True:
         for node in rewriter.awake():
             if ledger.spent:

@@ -122,7 +122,7 @@ def _rounded(source: Fact, dtype: np.dtype, tensor: gs.Tensor) -> np.ndarray | N
     if not all(isinstance(size, int) for size in source.shape) or math.prod(known_sizes(source.shape)) > LONGEST_VALUE:
         return None
     value = constant_value(tensor)
-    if value is None or not np.all(np.isfinite(value)) or np.any(np.abs(value) >= 2**31):
+    if value is None or not np.all(np.isfinite(value)) or np.any(np.abs(value.astype(np.float64)) >= 2**31):
         return None
     limits = np.iinfo(dtype)
     whole = np.trunc(value).astype(np.int64)

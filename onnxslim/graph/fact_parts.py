@@ -31,6 +31,9 @@ from onnxslim.graph.symbols import (
 
 # ------------------------------------------------------------------------------------------------- parts and their sum
 
+# What "to the end" is written as: the largest 32- or 64-bit integer; no dimension is that long.
+_TO_THE_END = 2**31 - 1
+
 
 @on("Concat")
 def _concat(facts: Facts, node: gs.Node) -> Results:
@@ -134,8 +137,12 @@ def _slice(facts: Facts, node: gs.Node) -> Results:
         if not 0 <= axis < rank or step == 0:
             return None
         size = shape[axis]
-        shape[axis] = _slice_size(size, start, end, step)
         fixed = isinstance(start, int) and isinstance(end, int)
+        if step < 0 and not (isinstance(end, int) and end < _TO_THE_END):
+            # Backwards to an end beyond the axis: empty by the specification, all of it in ONNX Runtime.
+            shape[axis], value = fresh(), None
+            continue
+        shape[axis] = _slice_size(size, start, end, step)
         if value is not None:
             value = value[(slice(None),) * axis + (_python_slice(start, end, step, size),)] if fixed else None
     return [Fact(source.dtype, tuple(shape)) if value is None else Fact(source.dtype, int_shape(value), value)]
@@ -152,7 +159,7 @@ def _slice_size(size: Element, start: Element, end: Element, step: int) -> Eleme
     if all(isinstance(item, int) for item in (size, start, end)):
         return len(range(*_python_slice(start, end, step, size).indices(size)))  # type: ignore[arg-type]
     if step != 1:
-        whole = isinstance(start, int) and isinstance(end, int) and start == 0 and end >= 2**31 - 1 and step > 0
+        whole = isinstance(start, int) and isinstance(end, int) and start == 0 and end >= _TO_THE_END and step > 0
         return floor_divide(size + (step - 1), step) if whole else fresh()
     first, last = _clamped(start, size), _clamped(end, size)
     if first is None or last is None:
@@ -163,7 +170,7 @@ def _slice_size(size: Element, start: Element, end: Element, step: int) -> Eleme
 def _clamped(position: Element, size: Element) -> Element | None:
     """Where a start or an end lies on an axis, from 0 to its size; None where its sign is not known."""
     least = lower_bound(position)
-    if isinstance(position, int) and position >= 2**31 - 1:
+    if isinstance(position, int) and position >= _TO_THE_END:
         return size
     if least is not None and least >= 0:
         return minimum(position, size)
