@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import gc
+from collections.abc import Iterable, Iterator
 
 from onnxslim.model import Model
 from onnxslim.passes._folding import Folding, growth_limit
@@ -23,6 +25,23 @@ def run_rules(model: Model, rules: Iterable[Rule], ledger: Ledger, *, merge: boo
         ledger: says what may be rewritten, and notes it.
         merge: also merge equal initializers and equal nodes.
     """
+    with _without_collection():
+        _run(model, rules, ledger, merge=merge)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep Python from looking through the whole graph for garbage again and again: it is all in use."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _run(model: Model, rules: Iterable[Rule], ledger: Ledger, *, merge: bool) -> None:
     g = Rewriter(model)
     merger = InitializerMerger(g, ledger)
     if merge:

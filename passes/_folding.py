@@ -204,10 +204,8 @@ class Folding:
 
     def _judge(self, node: gs.Node, usable: dict[int, gs.Node]) -> str:
         """ "sized": ready; "probe": must be run to tell its size; "later": when its inputs are; "no": refused."""
-        for tensor in node.inputs:
-            made = not tensor.is_empty() and id(tensor) in self._computed and id(tensor) not in self.values
-            if made and len(tensor.inputs) == 1 and id(tensor.inputs[0]) not in usable:
-                return "no"
+        if not all(self._is_ready(tensor, usable) for tensor in node.inputs):
+            return "no"  # what makes it was refused, or rewritten since
         trap = self._trap(node)
         if trap is not None:
             return trap
@@ -226,6 +224,12 @@ class Folding:
             return "probe"
         self.ledger.refuse(RULE, node, "the size of its result is not known before it runs")
         return "no"
+
+    def _is_ready(self, tensor: gs.Tensor, usable: dict[int, gs.Node]) -> bool:
+        """Whether a tensor is in the file, was computed, or can be with what is usable."""
+        if tensor.is_empty() or isinstance(tensor, gs.Constant) or id(tensor) in self.values:
+            return True
+        return len(tensor.inputs) == 1 and (tensor.inputs[0].op == "Constant" or id(tensor.inputs[0]) in usable)
 
     def _trap(self, node: gs.Node) -> str | None:
         """Integer division by 0, or of the least number by -1, ends the process: the divisor must be looked at."""
