@@ -138,14 +138,24 @@ def _slice(facts: Facts, node: gs.Node) -> Results:
             return None
         size = shape[axis]
         fixed = isinstance(start, int) and isinstance(end, int)
-        if step < 0 and not (isinstance(end, int) and end < _TO_THE_END):
-            # Backwards to an end beyond the axis: empty by the specification, all of it in ONNX Runtime.
+        if step < 0 and not _is_plain_backwards(size, start, end):
             shape[axis], value = fresh(), None
             continue
         shape[axis] = _slice_size(size, start, end, step)
         if value is not None:
             value = value[(slice(None),) * axis + (_python_slice(start, end, step, size),)] if fixed else None
     return [Fact(source.dtype, tuple(shape)) if value is None else Fact(source.dtype, int_shape(value), value)]
+
+
+def _is_plain_backwards(size: Element, start: Element, end: Element) -> bool:
+    """Whether a Slice backwards takes what Python would take.
+
+    An end beyond the axis makes it empty by the specification and whole in ONNX Runtime; a start before the axis counts
+    as its first place.
+    """
+    if not (isinstance(size, int) and isinstance(start, int) and isinstance(end, int)):
+        return False
+    return size > 0 and start >= -size and end < _TO_THE_END
 
 
 def _python_slice(start: Element, end: Element, step: int, size: Element) -> slice:
