@@ -81,8 +81,8 @@ def _sample(values: np.ndarray) -> Hashable:
     flat = values.reshape(-1)
     if values.dtype == object:
         return tuple(flat[:_SAMPLE].tolist())
-    middle = flat[:: max(1, flat.size // _SAMPLE)]
-    return flat[:_SAMPLE].tobytes() + middle.tobytes() + flat[-_SAMPLE:].tobytes()
+    middle = flat.size // 2
+    return flat[:_SAMPLE].tobytes() + flat[middle : middle + _SAMPLE].tobytes() + flat[-_SAMPLE:].tobytes()
 
 
 def _same_bits(first: np.ndarray, second: np.ndarray) -> bool:
