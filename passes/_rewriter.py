@@ -385,6 +385,31 @@ class Rewriter:
             _remove_one(tensor.inputs, node)
         list.clear(node.outputs)
 
+    def drop_result(self, node: gs.Node, index: int) -> None:
+        """Take an output that nobody reads from a node with bodies, and what makes it from the bodies' outputs.
+
+        The first output of a Loop's body is its condition, not the first output of the Loop.
+        """
+        _remove_one(node.outputs[index].inputs, node)
+        list.__delitem__(node.outputs, index)
+        for scope in self._bodies[id(node)]:
+            place = index + (node.op == "Loop")
+            tensor = scope.graph.outputs[place]
+            list.__delitem__(scope.graph.outputs, place)
+            self._outputs[id(tensor)].remove(scope)
+            self._wake_producers(tensor)
+        self.wake(node)
+
+    def drop_carried(self, node: gs.Node, index: int) -> None:
+        """Take an input from a Loop, and the input of its body that carries it from one iteration to the next."""
+        (scope,) = self._bodies[id(node)]
+        tensor = node.inputs[index]
+        _remove_one(tensor.outputs, node)
+        list.__delitem__(node.inputs, index)
+        scope.names.pop(scope.graph.inputs[index].name, None)
+        list.__delitem__(scope.graph.inputs, index)
+        self._lost_reader(tensor)
+
     def detach(self, node: gs.Node, tensor: gs.Tensor) -> None:
         """Leave a tensor without its producer; the node makes a new, unread tensor in its place."""
         index = next(i for i, output in enumerate(node.outputs) if output is tensor)

@@ -59,6 +59,40 @@ def _possible_ranks(g: Rewriter, tensor: gs.Tensor, depth: int = 16) -> set[int]
     return {each + shift for each in ranks}
 
 
+@rule("drop-dead-result", "If", "Loop", "Scan", since=9)
+def _dead_result(g: Rewriter, node: gs.Node) -> str | None:
+    """An output of an If, Loop or Scan that nobody reads -> none, with what the bodies compute for it alone."""
+    bodies = [value for value in node.attrs.values() if isinstance(value, gs.Graph)]
+    extra = 1 if node.op == "Loop" else 0
+    if not bodies or any(len(body.outputs) != len(node.outputs) + extra for body in bodies) or len(node.outputs) < 2:
+        return None
+    for index in reversed(range(len(node.outputs))):
+        if not g.is_unused(node.outputs[index]) or not _may_go(g, node, bodies[0], index):
+            continue
+        carried = node.op == "Loop" and index < len(node.inputs) - 2
+        g.drop_result(node, index)
+        if carried:
+            g.drop_carried(node, index + 2)
+        return f"dropped output {index}, which nobody reads"
+    return None
+
+
+def _may_go(g: Rewriter, node: gs.Node, body: gs.Graph, index: int) -> bool:
+    """Whether nothing else depends on what a body makes for an output: no later iteration, no list of axes."""
+    if node.op == "If":
+        return True
+    if node.op == "Scan":
+        states = len(node.inputs) - int(node.attrs.get("num_scan_inputs", 0))
+        return index >= states and not {"scan_output_axes", "scan_output_directions"} & set(node.attrs)
+    if index >= len(node.inputs) - 2:
+        return True
+    entry, result = body.inputs[index + 2], body.outputs[index + 1]
+    if entry is result:
+        return not entry.outputs
+    copies = all(user.op == "Identity" and user.outputs[0] is result for user in entry.outputs)
+    return copies and not g.is_output(entry) and (not entry.outputs or not result.outputs)
+
+
 _RANK_BY_FIRST = frozenset({"Identity", "Squeeze", "Unsqueeze", "Relu", "Sigmoid", "Tanh", "Cast"})
 
 
@@ -75,4 +109,4 @@ def _constant_node(g: Rewriter, node: gs.Node) -> str | None:
     return "made an initializer"
 
 
-CONTROL_RULES: tuple[Rule, ...] = (_constant_condition, _impossible_branch, _constant_node)
+CONTROL_RULES: tuple[Rule, ...] = (_constant_condition, _impossible_branch, _dead_result, _constant_node)

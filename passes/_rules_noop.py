@@ -142,6 +142,17 @@ def _reduce(g: Rewriter, node: gs.Node) -> str | None:
     return _drop(g, node, "it reduces axes of size 1")
 
 
+@rule("drop-resize", "Resize", "Upsample")
+def _resize(g: Rewriter, node: gs.Node) -> str | None:
+    """Resize(x) -> x where the size stays, taking nearest elements; other modes multiply neighbours by 0, also inf."""
+    before, after = g.shape(node.inputs[0]), g.shape(node.outputs[0])
+    if before is None or before != after or node.attrs.get("mode", "nearest") != "nearest":
+        return None
+    if node.attrs.get("coordinate_transformation_mode", "half_pixel") in ("tf_crop_and_resize", "align_corners"):
+        return None
+    return _drop(g, node, "the size stays")
+
+
 @rule("drop-single", "Concat", "Sum", "Max", "Min", "Mean", "Split")
 def _single(g: Rewriter, node: gs.Node) -> str | None:
     """Concat, Sum, Max, Min, Mean of one tensor, Split into one -> that tensor."""
@@ -209,7 +220,13 @@ def _neutral_truth(g: Rewriter, node: gs.Node) -> str | None:
 
 @rule("drop-where", "Where", since=9)
 def _decided(g: Rewriter, node: gs.Node) -> str | None:
-    """Where(true, a, b) -> a, Where(false, a, b) -> b, Where(c, a, a) -> a, when nothing is widened."""
+    """Where(true, a, b) -> a, Where(false, a, b) -> b, Where(c, a, a) -> a, when nothing is widened.
+
+    Not of floats: ONNX Runtime adds what is chosen to 0.0, which turns -0.0 into 0.0.
+    """
+    dtype = g.dtype(node.outputs[0])
+    if dtype is None or dtype.kind not in "iub":
+        return None
     condition = g.constant(node.inputs[0], limit=_NEUTRAL_LIMIT)
     if node.inputs[1] is node.inputs[2]:
         chosen = node.inputs[1]
@@ -255,6 +272,7 @@ NOOP_RULES: tuple[Rule, ...] = (
     _pad,
     _slice,
     _reduce,
+    _resize,
     _single,
     _idempotent,
     _involution,

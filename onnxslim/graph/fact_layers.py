@@ -25,6 +25,7 @@ from onnxslim.graph.symbols import (
     Element,
     floor_divide,
 )
+from onnxslim.graph.walk import constant_value
 
 _INT64 = np.dtype(np.int64)
 
@@ -140,3 +141,19 @@ def _reduced(op: str, source: Fact, gone: set[int]) -> np.ndarray | None:
     combine = ARITHMETIC[operation]
     result = reduce(lambda a, b: or_unknown(combine(a, b)), source.value.reshape(-1).tolist())
     return object_array([result])
+
+
+@on("Resize", "Upsample")
+def _resize(facts: Facts, node: gs.Node) -> Results:
+    """Whole factors, of sizes that are not known either."""
+    source, version = facts.of(node.inputs[0]), facts.opset(node)
+    place = 2 if node.op == "Resize" and version >= 11 else 1
+    scales = node.attrs.get("scales")
+    if scales is None and has_input(node, place):
+        constant = constant_value(node.inputs[place])
+        scales = None if constant is None else constant.reshape(-1).tolist()
+    if source.shape is None or source.dtype is None or not isinstance(scales, list) or has_input(node, 3):
+        return None
+    if len(scales) != len(source.shape) or "axes" in node.attrs or any(scale != int(scale) for scale in scales):
+        return None
+    return [Fact(source.dtype, tuple(size * int(scale) for size, scale in zip(source.shape, scales, strict=True)))]
