@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from onnxslim.lazy import import_lazily
 
 if TYPE_CHECKING:
     from onnxslim.passes.base import Change, Context, Outcome, Pass, Refusal
@@ -32,22 +33,16 @@ __all__ = [
     "make_pass",
 ]
 
-_HOMES = {
-    "base": ("Change", "Context", "Outcome", "Pass", "Refusal"),
-    "factorize_low_rank": ("FactorizeLowRank",),
-    "fold_constants": ("FoldConstants",),
-    "prune_channels": ("PruneChannels",),
-    "quantize_static": ("QuantizeStatic",),
-    "registry": ("PASSES", "find_pass", "make_pass"),
-    "share_weights": ("ShareWeights",),
-    "simplify": ("Simplify",),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
+import_lazily(
+    __name__,
+    {
+        "base": ("Change", "Context", "Outcome", "Pass", "Refusal"),
+        "factorize_low_rank": ("FactorizeLowRank",),
+        "fold_constants": ("FoldConstants",),
+        "prune_channels": ("PruneChannels",),
+        "quantize_static": ("QuantizeStatic",),
+        "registry": ("PASSES", "find_pass", "make_pass"),
+        "share_weights": ("ShareWeights",),
+        "simplify": ("Simplify",),
+    },
+)
