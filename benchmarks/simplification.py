@@ -40,7 +40,7 @@ from rich.table import Table
 
 from onnxslim.data import random_feeds
 from onnxslim.errors import ModelError
-from onnxslim.model import size_on_disk
+from onnxslim.model_files import size_on_disk
 from onnxslim.runtime import Feed, Session
 
 _ONNXSCRIPT = (

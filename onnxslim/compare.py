@@ -14,7 +14,8 @@ from onnxslim.graph.cost import node_count, op_histogram, parameter_count
 from onnxslim.graph.difference import graph_difference
 from onnxslim.graph.shapes import infer_shapes
 from onnxslim.guard import layer_errors, output_errors
-from onnxslim.model import Model, load, size_on_disk
+from onnxslim.model import Model, load
+from onnxslim.model_files import size_on_disk
 from onnxslim.record import GraphDifference, LayerError
 from onnxslim.runtime import Feed, Session
 

@@ -18,7 +18,8 @@ from onnxslim.data import Dataset, open_dataset, random_feeds
 from onnxslim.errors import DataError, ModelError, OutputError, RecipeError
 from onnxslim.graph.shapes import input_shape
 from onnxslim.metrics import Metric, find_metric
-from onnxslim.model import Model, check_not_input, file_sha256, load
+from onnxslim.model import Model, load
+from onnxslim.model_files import check_not_input, file_sha256
 from onnxslim.passes import Pass, make_pass
 from onnxslim.recipe import Lock, Recipe
 from onnxslim.runtime import Feed, Session

@@ -11,7 +11,8 @@ from rich.console import Console
 from onnxslim.console_slim import print_figures
 from onnxslim.graph.shapes import infer_shapes
 from onnxslim.ledger import figures
-from onnxslim.model import Model, atomic_write, load, size_on_disk
+from onnxslim.model import Model, atomic_write, load
+from onnxslim.model_files import size_on_disk
 from onnxslim.runtime import ModelSource
 
 __all__ = ["look_at"]

@@ -10,7 +10,8 @@ import numpy as np
 
 from onnxslim.errors import ModelError
 from onnxslim.graph.cost import layer_costs, node_count, op_histogram, parameter_count, total_macs
-from onnxslim.model import Model, file_sha256, load, size_on_disk
+from onnxslim.model import Model, load
+from onnxslim.model_files import file_sha256, size_on_disk
 from onnxslim.record import Latency, LayerSize, Snapshot
 from onnxslim.runtime import Feed, Session, Timing, interleaved_latency
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import mmap
 import os
@@ -41,11 +40,10 @@ __all__ = [
     "SMALL_TENSOR",
     "Model",
     "atomic_write",
-    "check_not_input",
-    "external_files",
-    "file_sha256",
+    "external_finder",
+    "is_cut",
     "load",
-    "size_on_disk",
+    "read_skeleton",
 ]
 
 # protobuf refuses to serialise or parse a message of 2 GiB or more; the rest of the file must fit as well.
@@ -288,13 +286,37 @@ def load(source: str | Path | bytes | onnx.ModelProto | Model) -> Model:
     if isinstance(source, bytes):
         return _load(source, lambda offset, size: np.frombuffer(source, np.uint8, size, offset), "<bytes>", None)
     path = Path(source)
+    with _opened(path) as (content, part):
+        return _load(content, part, str(path), path)
+
+
+def read_skeleton(path: Path) -> onnx.ModelProto:
+    """A model file as a proto without its large weights, which :func:`is_cut` tells from those in other files.
+
+    Raises:
+        ModelError: the file is missing, not ONNX or truncated.
+    """
+    with _opened(path) as (content, _):
+        return _parse(outline(content, SMALL_TENSOR)[0], str(path))
+
+
+def is_cut(tensor: TensorProto) -> bool:
+    """Whether a tensor of a skeleton lies in the model file itself."""
+    location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+    return cut_index(location) is not None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Buffer, Callable[[int, int], np.ndarray]]]:
+    """The content of a file, mapped where it can be, and what gives the bytes of a weight by offset and size."""
     try:
         with path.open("rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or not os.fstat(file.fileno()).st_size:
                 content = file.read()
-                return _load(content, lambda at, size: np.frombuffer(content, np.uint8, size, at), str(path), path)
+                yield content, lambda at, size: np.frombuffer(content, np.uint8, size, at)
+                return
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                return _load(mapped, functools.partial(_read_part, file), str(path), path)
+                yield mapped, functools.partial(_read_part, file)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}).") from None
 
@@ -310,7 +332,7 @@ def _read_part(file: BinaryIO, offset: int, size: int) -> np.ndarray:
 
 def _load(content: Buffer, part: Callable[[int, int], np.ndarray], name: str, path: Path | None) -> Model:
     """Load a serialised model; ``part`` gives the bytes of a weight by offset and size."""
-    elsewhere = _no_external(name) if path is None else _external_finder(path)
+    elsewhere = _no_external(name) if path is None else external_finder(path)
     skeleton, spans = outline(content, SMALL_TENSOR)
     found: set[int] = set()
 
@@ -372,7 +394,11 @@ def _no_external(name: str) -> Callable[[TensorProto], TensorSource]:
     return find
 
 
-def _external_finder(model_path: Path) -> Callable[[TensorProto], TensorSource]:
+def external_finder(model_path: Path) -> Callable[[TensorProto], TensorSource]:
+    """What finds the bytes of a tensor outside of a model file.
+
+    It raises ModelError where the file is missing, too short or outside of the model's folder.
+    """
     folder = model_path.parent.resolve()
     # Download caches keep models as links into one folder of blobs; weights may lie where their model really does.
     roots = (folder, model_path.resolve().parent)
@@ -408,51 +434,3 @@ def _external_finder(model_path: Path) -> Callable[[TensorProto], TensorSource]:
         return source
 
     return find
-
-
-# ------------------------------------------------------------------------------------------------- files on the disk
-
-
-def check_not_input(model: Model, output: Path) -> None:
-    """Refuse to write a result, or the weights beside it, over a file that the model was read from.
-
-    Raises:
-        OutputError: it would.
-    """
-    if model.path is None:
-        return
-    read = {file.resolve() for file in (model.path, *external_files(model.path))}
-    for file in (output, output.with_name(output.name + ".data")):
-        if file.resolve() in read:
-            raise OutputError(f"{output}: is the input, or holds its weights; choose another name for the result.")
-
-
-def external_files(path: Path) -> list[Path]:
-    """The files beside a model in which its external weights lie, each once, sorted.
-
-    Raises:
-        ModelError: as :func:`load`.
-    """
-    state = path.stat() if path.is_file() else None
-    return list(_external_files(path, state and (state.st_mtime_ns, state.st_size, state.st_ino)))
-
-
-@functools.lru_cache(maxsize=64)
-def _external_files(path: Path, _state: tuple[int, ...] | None) -> tuple[Path, ...]:
-    """Parse a file for this once, however often its size and hash are asked for, until it is another file."""
-    return tuple(sorted({source.external.path for source in load(path)._sources() if source.external}))
-
-
-def size_on_disk(path: Path) -> int:
-    """Bytes of a model file and of its external data files."""
-    return path.stat().st_size + sum(file.stat().st_size for file in external_files(path))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a model, as hex: of its file and then of the files with its external data."""
-    digest = hashlib.sha256()
-    for part in (path, *external_files(path)):
-        with part.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

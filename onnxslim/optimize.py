@@ -23,7 +23,8 @@ from onnxslim.guard import layer_errors
 from onnxslim.inputs import Inputs, open_inputs
 from onnxslim.measure import shapes_of, snapshot, time_pair
 from onnxslim.metrics import evaluate
-from onnxslim.model import Model, atomic_write, external_files, file_sha256, load
+from onnxslim.model import Model, atomic_write, load
+from onnxslim.model_files import external_files, file_sha256
 from onnxslim.pass_runner import PassRunner, Stage
 from onnxslim.passes import Pass
 from onnxslim.recipe import Goals, Lock, Recipe, make_recipe, write_lock

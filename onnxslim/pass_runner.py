@@ -16,7 +16,8 @@ from onnxslim.errors import OutputError, reason_of
 from onnxslim.graph.cost import node_count, parameter_count
 from onnxslim.guard import check_lossless, check_runs
 from onnxslim.metrics import Metric, drop, evaluate
-from onnxslim.model import Model, file_sha256, load, size_on_disk
+from onnxslim.model import Model, load
+from onnxslim.model_files import file_sha256, size_on_disk
 from onnxslim.passes import Context, Outcome, Pass
 from onnxslim.record import Check, PassEntry, Score, UndoneEntry
 from onnxslim.runtime import Session

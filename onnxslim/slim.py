@@ -16,7 +16,8 @@ from onnxslim.errors import OutputError, RecipeError
 from onnxslim.float_type import FLOAT_TYPES, convert_floats
 from onnxslim.guard import check_lossless
 from onnxslim.ledger import SlimReport, figures
-from onnxslim.model import Model, check_not_input, load, size_on_disk
+from onnxslim.model import Model, load
+from onnxslim.model_files import check_not_input, size_on_disk
 from onnxslim.passes import Context, Outcome, Simplify
 from onnxslim.record import Check, UndoneEntry
 from onnxslim.runtime import ModelSource, Session

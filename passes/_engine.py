@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
+from onnxslim.copying import uncollected
 from onnxslim.model import Model
 from onnxslim.passes._folding import Folding, growth_limit
 from onnxslim.passes._rewriter import Rewriter
@@ -16,6 +15,7 @@ from onnxslim.tensors import tensor_nbytes
 __all__ = ["run_rules"]
 
 
+@uncollected()
 def run_rules(model: Model, rules: Iterable[Rule], ledger: Ledger, *, merge: bool = False) -> None:
     """Apply rules and fold constants until nothing is left to do.
 
@@ -25,23 +25,6 @@ def run_rules(model: Model, rules: Iterable[Rule], ledger: Ledger, *, merge: boo
         ledger: says what may be rewritten, and notes it.
         merge: also merge equal initializers and equal nodes.
     """
-    with _without_collection():
-        _run(model, rules, ledger, merge=merge)
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Keep Python from looking through the whole graph for garbage again and again: it is all in use."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _run(model: Model, rules: Iterable[Rule], ledger: Ledger, *, merge: bool) -> None:
     g = Rewriter(model)
     merger = InitializerMerger(g, ledger)
     if merge:

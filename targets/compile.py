@@ -14,7 +14,8 @@ from pathlib import Path
 from onnx import ModelProto
 
 from onnxslim.errors import TargetError
-from onnxslim.model import Model, file_sha256
+from onnxslim.model import Model
+from onnxslim.model_files import file_sha256
 from onnxslim.targets import bundle as bundles
 from onnxslim.targets._tvm import PINS, resolve_target
 from onnxslim.targets.bundle import LIBRARY, MANIFEST, Bundle, Manifest, TensorEntry

@@ -9,7 +9,7 @@ from onnx.backend.test.loader import load_model_tests
 
 import onnxslim.model
 from onnxslim import ModelError, OutputError, load
-from onnxslim.model import external_files, file_sha256, size_on_disk
+from onnxslim.model_files import external_files, file_sha256, size_on_disk
 
 
 def _backend_models():

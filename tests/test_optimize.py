@@ -13,7 +13,7 @@ import onnxslim
 from onnxslim import passes as registry
 from onnxslim import read_recipe
 from onnxslim.goals import EXIT_CODES
-from onnxslim.model import file_sha256
+from onnxslim.model_files import file_sha256
 from onnxslim.passes import Context, Outcome, Pass
 from onnxslim.record import Record
 
