@@ -36,6 +36,8 @@ _RESULT_LIMIT = 1 << 24
 _QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 # Up to this many numbers of 8 bits are no packed weight.
 _MOST_UNPACKED = 256
+# The same elements in the same order.
+_VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 # The size of what these make depends on values, but is bounded by the size of what they read.
 _BOUNDED = frozenset({"NonZero", "Compress", "Unique", "NonMaxSuppression", "StringNormalizer", "Slice", "Squeeze"})
 
@@ -294,12 +296,30 @@ class Folding:
 
     def _evaluated(self, usable: list[gs.Node], results: list[gs.Tensor]) -> list[gs.Tensor]:
         """The results that could be computed."""
+        for tensor in results:
+            if id(tensor) not in self.values:
+                self._lay_out(tensor)
         missing = [tensor for tensor in results if id(tensor) not in self.values]
         for opset in sorted({self.g.opset(tensor.inputs[0]) for tensor in missing}):
             wanted = [tensor for tensor in missing if self.g.opset(tensor.inputs[0]) == opset]
             makers = list({id(tensor.inputs[0]): tensor.inputs[0] for tensor in wanted}.values())
             self._run(self._ancestors(makers, usable), opset, wanted)
         return [tensor for tensor in results if id(tensor) in self.values]
+
+    def _lay_out(self, tensor: gs.Tensor) -> None:
+        """Lay a weight out anew without a session, which would hold it several times over."""
+        node, fact = tensor.inputs[0], self.g.facts.of(tensor)
+        if node.op not in ("Transpose", *_VIEWS) or node.inputs[0].is_empty() or fact.shape is None:
+            return
+        source = self.values.get(id(node.inputs[0]))
+        if source is None:
+            source = self.g.constant(node.inputs[0])
+        if source is None:
+            return
+        if node.op == "Transpose":
+            self.values[id(tensor)] = np.array(source.transpose(node.attrs.get("perm")), order="C")
+        else:
+            self.values[id(tensor)] = source.reshape([int(size) for size in fact.shape if isinstance(size, int)])
 
     # ---------------------------------------------------------------------------------------------------------- edits
 
