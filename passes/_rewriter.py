@@ -155,6 +155,10 @@ class Rewriter:
         """Whether a tensor is an output of any graph, body or function."""
         return bool(self._outputs.get(id(tensor)))
 
+    def output_count(self, tensor: gs.Tensor) -> int:
+        """How many outputs of graphs, bodies and functions a tensor is."""
+        return len(self._outputs.get(id(tensor), ()))
+
     def is_unused(self, tensor: gs.Tensor) -> bool:
         """Whether nobody reads a tensor."""
         return tensor.is_empty() or (not tensor.outputs and not self.is_output(tensor))

@@ -88,9 +88,11 @@ def _may_go(g: Rewriter, node: gs.Node, body: gs.Graph, index: int) -> bool:
         return True
     entry, result = body.inputs[index + 2], body.outputs[index + 1]
     if entry is result:
-        return not entry.outputs
+        return not entry.outputs and g.output_count(entry) == 1
+    if g.is_output(entry):
+        return False
     copies = all(user.op == "Identity" and user.outputs[0] is result for user in entry.outputs)
-    return copies and not g.is_output(entry) and (not entry.outputs or not result.outputs)
+    return not entry.outputs or (copies and not result.outputs and g.output_count(result) == 1)
 
 
 _RANK_BY_FIRST = frozenset({"Identity", "Squeeze", "Unsqueeze", "Relu", "Sigmoid", "Tanh", "Cast"})

@@ -184,6 +184,79 @@ def test_functions_and_operator_sets_that_nothing_uses_go():
     assert [entry.domain for entry in result.opset_import] == [""]
 
 
+@pytest.mark.parametrize(
+    "body",
+    {
+        "carried": "(bool keep, float[2] v, float[2] v) { keep = Identity(go) }",
+        "copied": "(bool keep, float[2] w, float[2] w) { keep = Identity(go) w = Identity(v) }",
+        "nested": "(bool keep, float[2] v, float[2] w) { keep = Identity(go) w = If(go) <then_branch = t () => "
+        "(float[2] r) { r = Neg(v) }, else_branch = e () => (float[2] s) { s = Abs(v) }> }",
+    }.values(),
+)
+def test_what_a_loop_carries_stays_where_another_output_of_its_body_needs_it(body):
+    text = (
+        "g (int64 m, float[2] x) => (float[k, 2] s) { c = Constant<value = bool {1}>() "
+        f"last, s = Loop(m, c, x) <body = b (int64 i, bool go, float[2] v) => {body}> }}"
+    )
+    _check(parse(text), *({"m": np.array(count), "x": plain(2)} for count in (0, 1, 3)))
+
+
+def test_a_loop_may_carry_what_ends_it():
+    text = (
+        "g (int64 m, bool c, float[2] x) => (float[2] y) { last, y = Loop(m, c, c, x) "
+        "<body = b (int64 i, bool go, bool v, float[2] w) => (bool v, bool v, float[2] z) { z = Neg(w) }> }"
+    )
+    feeds = [{"m": np.array(3), "c": np.array(c), "x": plain(2)} for c in (True, False)]
+    _check(parse(text), *feeds)
+
+
+@pytest.mark.parametrize("number", ["int64[1] i, bool", "int64 i, bool[1]"])
+def test_a_loop_may_count_in_vectors_of_one(number):
+    condition = "bool[1]" if number.endswith("[1]") else "bool"
+    text = (
+        f"g (int64 m, float[2] x) => (int64[k, r] s, int64[l, q] t) {{ c = Constant<value = {condition} {{1}}>() "
+        f"y, s, t = Loop(m, c, x) <body = b ({number} go, float[2] v) => "
+        f"({condition} keep, float[2] w, int64[a] si, int64[d] sg) "
+        "{ keep = Identity(go) w = Neg(v) si = Shape(i) sg = Shape(go) }> }"
+    )
+    source = parse(text)
+    result, _ = simplified(source)
+    feed = {"m": np.array(2), "x": plain(2)}
+    for wanted, got in zip(Runtime(source).run(feed), Runtime(result).run(feed), strict=True):
+        assert np.array_equal(wanted, got)
+
+
+# ------------------------------------------------------------------------------------------- integers that wrap around
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+def test_a_difference_may_wrap_around(dtype):
+    """x - 5 < x is no tautology."""
+    name = np.dtype(dtype).name
+    text = (
+        f"g ({name}[1] x, {name}[1] y) => (bool[2] l, {name}[2] m, bool[2] e) "
+        "{ c = Concat<axis = 0>(x, y) d = Sub(c, k) l = Less(d, c) m = Min(d, c) f = Add(c, h) g = Add(f, h) "
+        "e = Equal(g, c) }"
+    )
+    low = np.iinfo(dtype).min
+    half = np.array([1 << (8 * np.dtype(dtype).itemsize - 1)] * 2, np.uint64).astype(dtype)
+    source = parse(text, k=np.array([5, 5], dtype), h=half)
+    _check(source, *({"x": np.array([low + at], dtype), "y": np.array([9], dtype)} for at in (0, 3, 7)))
+
+
+def test_a_negated_integer_may_wrap_around():
+    text = (
+        "g (int8[1] x, int8[1] y) => (bool[2] l) { c = Concat<axis = 0>(x, y) d = Neg(c) e = Sub(d, k) l = Less(e, d) }"
+    )
+    source = parse(text, k=np.array([5, 5], np.int8))
+    _check(source, {"x": np.array([-128], np.int8), "y": np.array([127], np.int8)})
+
+
+def test_sizes_without_signs_wrap_around():
+    text = "g (float[n] x) => (bool[1] l) { s = Shape(x) u = Cast<to = 13>(s) d = Sub(u, k) l = Less(d, u) }"
+    _check(parse(text, k=np.array([5], np.uint64)), {"x": plain(3)}, {"x": plain(9)})
+
+
 # ---------------------------------------------------------------------------------------------------------- boundaries
 
 

@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 from onnxslim.graph.fact_values import (
     Results,
     broadcast,
+    computed,
     known_sizes,
     object_array,
     on,
@@ -24,6 +25,7 @@ from onnxslim.graph.symbols import (
     divide,
     equal,
     fresh,
+    has_bounds,
     lower_bound,
     maximum,
     minimum,
@@ -53,7 +55,7 @@ def _same(facts: Facts, node: gs.Node) -> Results:
     value = None
     if node.op == "Neg" and source.value is not None:
         value = object_array([-element for element in source.value.reshape(-1)], source.value.shape)
-        return [valued(source.dtype, value)]
+        return [computed(source.dtype, value)]
     return [Fact(source.dtype, source.shape)]
 
 
@@ -109,7 +111,7 @@ def _converted(source: Fact, dtype: np.dtype, tensor: gs.Tensor) -> Fact:
         elements = [_truth(element) for element in source.value.reshape(-1)]
         return Fact(dtype, source.shape, object_array(elements, source.value.shape))
     value = source.value
-    if dtype.itemsize < 8:  # a size may be as large as an int64 holds
+    if dtype != np.int64:  # a size may be as large as an int64 holds, a difference of sizes negative
         flat = [element if isinstance(element, int) else fresh(None) for element in value.reshape(-1)]
         value = object_array(flat, value.shape)
     return valued(dtype, value)
@@ -162,7 +164,7 @@ def _arithmetic(facts: Facts, node: gs.Node) -> Results:
     operation = ARITHMETIC.get(node.op)
     if operation is not None and dtype.kind in "iu" and not (node.op == "Mod" and node.attrs.get("fmod", 0)):
         value = _combined(operation, sources)
-    return [Fact(dtype, shape)] if value is None else [valued(dtype, value)]
+    return [Fact(dtype, shape)] if value is None else [computed(dtype, value)]
 
 
 def _combined(operation: Callable[[Element, Element], Element | None], sources: Sequence[Fact]) -> np.ndarray | None:
@@ -211,6 +213,8 @@ def _comparison(facts: Facts, node: gs.Node) -> Results:
 
 
 def _less(first: Element, second: Element) -> bool | None:
+    if not (has_bounds(first) and has_bounds(second)):
+        return None
     above, below = lower_bound(second - first), lower_bound(first - second)
     if above is not None and above > 0:
         return True

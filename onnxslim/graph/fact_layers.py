@@ -12,13 +12,13 @@ from onnxslim.graph.fact_values import (
     Results,
     any_shape,
     broadcast,
+    computed,
     fixed_integers,
     has_input,
     known_sizes,
     object_array,
     on,
     or_unknown,
-    valued,
 )
 from onnxslim.graph.facts import Fact, Facts, Shape
 from onnxslim.graph.symbols import (
@@ -127,7 +127,7 @@ def _reduce(facts: Facts, node: gs.Node) -> Results:
     keep = bool(node.attrs.get("keepdims", 1))
     shape = tuple(1 if axis in gone else size for axis, size in enumerate(source.shape) if keep or axis not in gone)
     value = _reduced(node.op, source, gone)
-    return [Fact(dtype, shape) if value is None else valued(dtype, value.reshape(known_sizes(shape)))]
+    return [Fact(dtype, shape) if value is None else computed(dtype, value.reshape(known_sizes(shape)))]
 
 
 _SAME_WITHOUT_AXES = frozenset({"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd"})

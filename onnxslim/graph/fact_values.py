@@ -23,6 +23,7 @@ __all__ = [
     "any_shape",
     "bounds",
     "broadcast",
+    "computed",
     "elements_of",
     "fixed_integers",
     "has_input",
@@ -89,6 +90,14 @@ def valued(dtype: np.dtype | None, value: np.ndarray) -> Fact:
                 value = value.copy()
                 value.reshape(-1)[index] = fresh(None)
     return Fact(dtype, shape, value)
+
+
+def computed(dtype: np.dtype, value: np.ndarray) -> Fact:
+    """As :func:`valued` for results of arithmetic: in all but int64, what is not known may have wrapped around."""
+    if dtype != np.int64:
+        flat = [element if isinstance(element, int) else fresh(None) for element in value.reshape(-1)]
+        value = object_array(flat, value.shape)
+    return valued(dtype, value)
 
 
 def object_array(items: Sequence[Element], shape: Sequence[int] | None = None) -> np.ndarray:

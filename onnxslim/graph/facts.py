@@ -142,8 +142,10 @@ class Facts:
         if not is_standard(node):
             return
         if node.op == "Loop":
-            yield Fact(np.dtype(np.int64), ())
-            yield Fact(np.dtype(bool), ())
+            # Runtimes take vectors of one here as well, where the body says so.
+            plain = bool(body.inputs) and body.inputs[0].shape is not None and len(body.inputs[0].shape) == 0
+            yield Fact(np.dtype(np.int64), () if plain else None)
+            yield Fact(np.dtype(bool))
             for tensor in node.inputs[2:]:
                 fact = self.of(tensor)
                 yield Fact(fact.dtype, None, None, fact.sequence)

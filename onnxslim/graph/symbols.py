@@ -21,6 +21,7 @@ __all__ = [
     "equal",
     "floor_divide",
     "fresh",
+    "has_bounds",
     "lower_bound",
     "maximum",
     "minimum",
@@ -158,11 +159,17 @@ def lower_bound(value: Element) -> int | None:
     return total
 
 
+def has_bounds(value: Element) -> bool:
+    """Whether a value is made of sizes alone: only such sums and differences cannot wrap around."""
+    return isinstance(value, int) or all(each.least is not None for monomial in value.terms for each in monomial)
+
+
 def equal(first: Element, second: Element) -> bool | None:
     """Whether two values are equal for every input (True), for none (False), or it depends or is not known (None)."""
     difference = first - second
     if isinstance(difference, int):
-        return difference == 0
+        wraps = abs(difference) >= 2**63 and not (has_bounds(first) and has_bounds(second))
+        return None if wraps else difference == 0
     for each in (difference, -difference):
         bound = lower_bound(each)
         if bound is not None and bound > 0:
@@ -250,7 +257,7 @@ def minimum(first: Element, second: Element) -> Element:
 def _pick(first: Element, second: Element, kind: str) -> Element:
     if isinstance(first, int) and isinstance(second, int):
         return max(first, second) if kind == "max" else min(first, second)
-    for a, b in ((first, second), (second, first)):
+    for a, b in ((first, second), (second, first)) if has_bounds(first) and has_bounds(second) else ():
         bound = lower_bound(a - b)
         if bound is not None and bound >= 0:
             return a if kind == "max" else b
