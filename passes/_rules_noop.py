@@ -143,14 +143,25 @@ def _reduce(g: Rewriter, node: gs.Node) -> str | None:
 
 
 @rule("drop-resize", "Resize", "Upsample")
-def _resize(g: Rewriter, node: gs.Node) -> str | None:
+def _resize(g: Rewriter, node: gs.Node) -> str | Refused | None:
     """Resize(x) -> x where the size stays, taking nearest elements; other modes multiply neighbours by 0, also inf."""
     before, after = g.shape(node.inputs[0]), g.shape(node.outputs[0])
     if before is None or before != after or node.attrs.get("mode", "nearest") != "nearest":
         return None
     if node.attrs.get("coordinate_transformation_mode", "half_pixel") in ("tf_crop_and_resize", "align_corners"):
         return None
+    if not _keeps_scale(g, node):
+        return Refused("its scales are not exactly 1, so that it may leave elements out and repeat others")
     return _drop(g, node, "the size stays")
+
+
+def _keeps_scale(g: Rewriter, node: gs.Node) -> bool:
+    """Whether the scales are 1: those that are given, or those that follow from sizes."""
+    if len(node.inputs) > 3 and not node.inputs[3].is_empty():
+        return True
+    place = 2 if node.op == "Resize" and g.opset(node) >= 11 else 1
+    scales = g.constant(node.inputs[place]) if len(node.inputs) > place else node.attrs.get("scales")
+    return scales is not None and all(scale == 1 for scale in np.asarray(scales).reshape(-1))
 
 
 @rule("drop-single", "Concat", "Sum", "Max", "Min", "Mean", "Split")
@@ -193,7 +204,8 @@ def _neutral(g: Rewriter, node: gs.Node) -> str | Refused | None:
             zero = node.op in ("Add", "Sub") and constant.dtype.kind == "f" and not constant.any()
             if not zero:
                 continue
-            if g.producer(node.inputs[source], *_SUMS_OF_PRODUCTS) is None:
+            maker = g.producer(node.inputs[source], *_SUMS_OF_PRODUCTS)
+            if maker is None or float(maker.attrs.get("alpha", 1.0)) < 0:
                 return Refused("adding 0.0 turns -0.0 into 0.0")
         if not _fits(g.shape(node.inputs[source]), constant.shape):
             continue

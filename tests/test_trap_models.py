@@ -60,6 +60,11 @@ NUMBERS = {
                        constants={"c": np.float32(0)}),
     "add-negative-zero": Trap("g (float[n] x) => (float[n] y) { h = Add(x, c) y = Exp(h) }", [{"x": _SPECIAL}],
                               constants={"c": np.float32(-0.0)}, drops=("Add",)),
+    # A Gemm of zeros is 0.0, but -1 times that is -0.0.
+    "negated-product-plus-zero": Trap("g (float[2, 3] x) => (float[2, 2] y) "
+                                      "{ h = Gemm<alpha = -1.0>(x, w) y = Add(h, c) }",
+                                      [{"x": np.ones((2, 3), np.float32)}],
+                                      constants={"w": np.zeros((3, 2), np.float32), "c": np.zeros(2, np.float32)}),
     # NaN * 0 is NaN and inf * 0 is NaN: the product is no constant.
     "times-zero": Trap("g (float[n] x) => (float[n] y) { y = Mul(x, c) }", [{"x": _SPECIAL}],
                        constants={"c": np.float32(0)}, keeps={"Mul": 1}),
@@ -141,6 +146,14 @@ SHAPES = {
                                  "f = Cast<to = 1>(s) r = ReduceSum<keepdims = 0>(k) y = Add(f, r) }",
                                  [{"x": plain(1, 1, 3)}, {"x": plain(2, 1, 3)}], constants={"a": _ints(0)},
                                  rounding=True),
+    # An empty list of axes is every axis of size 1 to ONNX Runtime.
+    "squeeze-by-no-axes": Trap("g (float[1, 2] x) => (float[p, q] y) { h = Squeeze(x, a) y = Exp(h) }",
+                               [{"x": plain(1, 2)}], opset=13, constants={"a": _ints()}, keeps={"Squeeze": 1}),
+    # Scales of nearly 1 keep the size and take other elements all the same.
+    "resize-to-the-same-size": Trap("g (float[1, 1, 19] x) => (float[a, b, c] y) { h = Exp(x) "
+                                    "k = Resize<mode = \"nearest\">(h, r, s) y = Neg(k) }", [{"x": plain(1, 1, 19)}],
+                                    constants={"r": np.zeros(0, np.float32), "s": np.float32([1, 1, 1.05])},
+                                    keeps={"Resize": 1}),
     # Ends beyond the tensor are cut; with a negative step the end before the first element is a large negative number.
     "slice-backwards": Trap("g (float[n] x) => (float[m] y) { y = Slice(x, b, e, a, s) }",
                             [{"x": plain(5)}, {"x": plain(1)}, {"x": plain(0)}],

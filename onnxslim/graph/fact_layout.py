@@ -171,7 +171,8 @@ def _squeeze(facts: Facts, node: gs.Node) -> Results:
     if source.dtype is None:
         return None
     axes = fixed_integers(facts, node, 1, "axes")
-    if source.shape is None or (axes is None and has_input(node, 1)):
+    # An empty list of axes is none of them to some runtimes, and every axis of size 1 to others.
+    if source.shape is None or axes == [] or (axes is None and has_input(node, 1)):
         return [Fact(source.dtype)]
     rank = len(source.shape)
     if axes is None:

@@ -53,7 +53,10 @@ def _concat(facts: Facts, node: gs.Node) -> Results:
         if index == axis:
             shape.append(sum(sizes) if len(sizes) == len(shapes) else fresh())
         else:
-            shape.append(next((size for size in sizes if isinstance(size, int)), sizes[0]))
+            numbers = {size for size in sizes if isinstance(size, int)}
+            if len(numbers) > 1:
+                return [Fact(dtype)]  # not legal, but ONNX Runtime passes over parts without elements
+            shape.append(numbers.pop() if numbers else sizes[0])
     if len(known) == 1:
         value = _joined(sources)
         if value is not None:
