@@ -144,7 +144,9 @@ class TensorSource(LazyValues):  # type: ignore[misc]
         return np.asarray(np.memmap(path, mode="r", offset=offset, dtype=np.uint8, shape=(length,)))
 
     def inline(self) -> TensorProto:
-        """The tensor with its bytes inside the proto."""
+        """The tensor with its bytes inside the proto, dense."""
+        if self.sparse:
+            return array_to_tensor(self.tensor.values.name, self.load())
         tensor = TensorProto()
         tensor.CopyFrom(self.tensor)
         if self.external is not None:

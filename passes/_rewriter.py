@@ -20,6 +20,7 @@ from onnxslim.graph.purity import functions_of, impurity, is_removable, is_stand
 from onnxslim.graph.symbols import Element
 from onnxslim.graph.walk import constant_value, subgraphs
 from onnxslim.model import Model
+from onnxslim.tensors import source_of
 
 __all__ = ["Rewriter", "Scope", "has_plain_attributes"]
 
@@ -214,7 +215,10 @@ class Rewriter:
         return None if shape is None else len(shape)
 
     def constant(self, tensor: gs.Tensor, limit: int | None = None) -> np.ndarray | None:
-        """The value of a constant; None for anything else, and for one of more than ``limit`` elements."""
+        """The value of a constant; None for anything else, for sparse ones, and beyond ``limit`` elements."""
+        source = source_of(tensor) if isinstance(tensor, gs.Constant) else None
+        if source is not None and source.sparse:
+            return None
         if isinstance(tensor, gs.Constant) and limit is not None and int(np.prod(tensor.shape)) > limit:
             return None
         value = constant_value(tensor)

@@ -84,7 +84,8 @@ def _sequence_split(g: Rewriter, node: gs.Node) -> str | None:
     axis = int(node.attrs.get("axis", 0)) % len(shape) if shape else 0
     size = shape[axis] if shape else None
     given = len(node.inputs) > 1 and not node.inputs[1].is_empty()
-    if not isinstance(size, int) or (not given and not node.attrs.get("keepdims", 1)):
+    # Where sizes are given, some runtimes heed keepdims against the specification.
+    if not isinstance(size, int) or not node.attrs.get("keepdims", 1):
         return None
     sizes = _sizes(g, node, size) if given else [1] * size
     if sizes is None or sum(sizes) != size:

@@ -226,35 +226,34 @@ def test_a_loop_may_count_in_vectors_of_one(number):
         assert np.array_equal(wanted, got)
 
 
-# ------------------------------------------------------------------------------------------- integers that wrap around
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
-def test_a_difference_may_wrap_around(dtype):
-    """x - 5 < x is no tautology."""
-    name = np.dtype(dtype).name
+def test_a_sequence_split_by_one_may_lose_its_axis():
     text = (
-        f"g ({name}[1] x, {name}[1] y) => (bool[2] l, {name}[2] m, bool[2] e) "
-        "{ c = Concat<axis = 0>(x, y) d = Sub(c, k) l = Less(d, c) m = Min(d, c) f = Add(c, h) g = Add(f, h) "
-        "e = Equal(g, c) }"
+        "g (float[n, 3] x) => (int64[a] y) { s = SplitToSequence<axis = 1, keepdims = 0>(x, one) "
+        "p = SequenceAt(s, one) y = Shape(p) }"
     )
-    low = np.iinfo(dtype).min
-    half = np.array([1 << (8 * np.dtype(dtype).itemsize - 1)] * 2, np.uint64).astype(dtype)
-    source = parse(text, k=np.array([5, 5], dtype), h=half)
-    _check(source, *({"x": np.array([low + at], dtype), "y": np.array([9], dtype)} for at in (0, 3, 7)))
+    source = parse(text, one=np.array(1))
+    result, _ = simplified(source)
+    feed = {"x": plain(2, 3)}
+    assert np.array_equal(Runtime(source).run(feed)[0], Runtime(result).run(feed)[0])
 
 
-def test_a_negated_integer_may_wrap_around():
-    text = (
-        "g (int8[1] x, int8[1] y) => (bool[2] l) { c = Concat<axis = 0>(x, y) d = Neg(c) e = Sub(d, k) l = Less(e, d) }"
+@pytest.mark.parametrize("linear", [True, False])
+def test_sparse_initializers_stay_sparse(linear):
+    places = [0, 4] if linear else [0, 0, 1, 1]
+    source = parse(
+        "g (float[3, 3] x) => (float[3, 3] y, float[3, 3] z) { h = Add(x, s) y = Mul(h, two) m = MatMul(x, s) "
+        "z = Mul(m, two) }",
+        two=np.float32(2),
     )
-    source = parse(text, k=np.array([5, 5], np.int8))
-    _check(source, {"x": np.array([-128], np.int8), "y": np.array([127], np.int8)})
-
-
-def test_sizes_without_signs_wrap_around():
-    text = "g (float[n] x) => (bool[1] l) { s = Shape(x) u = Cast<to = 13>(s) d = Sub(u, k) l = Less(d, u) }"
-    _check(parse(text, k=np.array([5], np.uint64)), {"x": plain(3)}, {"x": plain(9)})
+    values = helper.make_tensor("s", TensorProto.FLOAT, [2], [1.0, 2.0])
+    indices = helper.make_tensor("i", TensorProto.INT64, [2] if linear else [2, 2], places)
+    source.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [3, 3]))
+    result, _ = simplified(source)
+    assert [tensor.values.name for tensor in result.graph.sparse_initializer] == ["s"]
+    for wanted, got in zip(
+        Runtime(source).run({"x": plain(3, 3)}), Runtime(result).run({"x": plain(3, 3)}), strict=True
+    ):
+        assert same_bits(wanted, got)
 
 
 # ---------------------------------------------------------------------------------------------------------- boundaries

@@ -211,6 +211,27 @@ SHAPES = {
     "shape-from-the-end": Trap("g (float[n, 3, m] x) => (int64[2] y) { s = Shape<start = -2>(x) t = Shape(x) "
                                "k = Gather<axis = 0>(t, i) y = Add(s, k) }",
                                [{"x": plain(2, 3, 5)}, {"x": plain(0, 3, 1)}], constants={"i": _ints(-1, -3)}),
+    # Where there are no elements, the last size may be anything; where there are, only what is left of them.
+    "reshape-of-nothing": Trap("g (float[n, 4] x, int64[1] s) => (float[a, b] y) { h = Shape(x) k = Slice(h, z, o) "
+                               "t = Concat<axis = 0>(k, s) y = Reshape(x, t) }",
+                               [{"x": plain(0, 4), "s": _ints(7)}, {"x": plain(3, 4), "s": _ints(-1)}],
+                               constants={"z": _ints(0), "o": _ints(1)}),
+    # With ceil_mode, a last window that starts behind the tensor counts for ONNX before version 22, not for runtimes.
+    "pool-windows-behind-the-end": Trap(
+        "g (float[1, 1, 6] x) => (int64[3] y, int64[3] z, int64[3] w) { p = MaxPool<kernel_shape = [2], strides = [3], "
+        "ceil_mode = 1>(x) y = Shape(p) q, i = MaxPool<kernel_shape = [3], strides = [2], ceil_mode = 1, "
+        "pads = [2, 2]>(x) z = Shape(q) r = AveragePool<kernel_shape = [3], strides = [3], ceil_mode = 1, "
+        "pads = [0, 1]>(x) w = Shape(r) }", [{"x": plain(1, 1, 6)}]),
+    "pool-of-the-same-size-with-dilations": Trap(
+        'g (float[1, 1, 7] x) => (int64[3] y) { p = MaxPool<kernel_shape = [3], strides = [2], dilations = [2], '
+        'auto_pad = "SAME_UPPER">(x) y = Shape(p) }', [{"x": plain(1, 1, 7)}]),
+    # 10 * 2.3 rounds to 23 in float32 and stays below it in float64.
+    "resize-rounded": Trap(
+        'g (float[1, 1, 10, 5] x) => (int64[4] y) { h = Resize<mode = "linear">(x, , s) y = Shape(h) }',
+        [{"x": plain(1, 1, 10, 5)}], constants={"s": np.float32([1, 1, 2.3, 1.7])}),
+    "one-sided-by-default": Trap(
+        "g (float[1, 32, 1] x) => (int64[4] y) { h = STFT(x, t, w) y = Shape(h) }", [{"x": plain(1, 32, 1)}],
+        constants={"t": np.int64(4), "w": np.ones(8, np.float32)}),
 }  # fmt: skip
 
 
@@ -232,3 +253,31 @@ def test_unequal_sizes_of_one_operator_stay_apart():
         [{"x": normal(2, 1), "z": normal(1, 3)}, {"x": normal(1, 1), "z": normal(1, 1)}],
     )
     _check(trap)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+def test_a_difference_may_wrap_around(dtype):
+    """x - 5 < x is no tautology."""
+    name = np.dtype(dtype).name
+    text = (
+        f"g ({name}[1] x, {name}[1] y) => (bool[2] l, {name}[2] m, bool[2] e) "
+        "{ c = Concat<axis = 0>(x, y) d = Sub(c, k) l = Less(d, c) m = Min(d, c) f = Add(c, h) g = Add(f, h) "
+        "e = Equal(g, c) }"
+    )
+    low = np.iinfo(dtype).min
+    half = np.array([1 << (8 * np.dtype(dtype).itemsize - 1)] * 2, np.uint64).astype(dtype)
+    feeds = [{"x": np.array([low + at], dtype), "y": np.array([9], dtype)} for at in (0, 3, 7)]
+    _check(Trap(text, feeds, constants={"k": np.array([5, 5], dtype), "h": half}))
+
+
+def test_a_negated_integer_may_wrap_around():
+    text = (
+        "g (int8[1] x, int8[1] y) => (bool[2] l) { c = Concat<axis = 0>(x, y) d = Neg(c) e = Sub(d, k) l = Less(e, d) }"
+    )
+    feed = {"x": np.array([-128], np.int8), "y": np.array([127], np.int8)}
+    _check(Trap(text, [feed], constants={"k": np.array([5, 5], np.int8)}))
+
+
+def test_sizes_without_signs_wrap_around():
+    text = "g (float[n] x) => (bool[1] l) { s = Shape(x) u = Cast<to = 13>(s) d = Sub(u, k) l = Less(d, u) }"
+    _check(Trap(text, [{"x": plain(3)}, {"x": plain(9)}], constants={"k": np.array([5], np.uint64)}))

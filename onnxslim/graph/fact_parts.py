@@ -276,6 +276,10 @@ def _part(facts: Facts, split: gs.Node, position: int) -> Fact:
     if not has_input(split, 1):
         part: Element = 1
         keep = bool(split.attrs.get("keepdims", 1))
+    elif not split.attrs.get("keepdims", 1):
+        return Fact(
+            source.dtype
+        )  # ignored by the specification, but not by ONNX Runtime where the sizes are one number
     else:
         keep = True
         sizes = fixed_integers(facts, split, 1)
