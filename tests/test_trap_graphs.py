@@ -7,6 +7,10 @@ from equivalence import Runtime, same_bits, simplified
 from onnx import TensorProto, helper, numpy_helper
 from rewriting import ops, parse, plain
 
+from onnxslim.graph.cost import node_macs
+from onnxslim.graph.shapes import infer_shapes
+from onnxslim.model import load
+
 
 def _check(source: onnx.ModelProto, *feeds: dict[str, np.ndarray]) -> onnx.ModelProto:
     """Simplify without a guard; the interface and the bits must stay; return the result."""
@@ -321,6 +325,13 @@ def test_what_is_written_beside_the_graph_stays():
     (node,) = [node for node in result.graph.node if node.op_type == "Neg"]
     assert node.doc_string == "why"
     assert list(node.metadata_props) == list(source.graph.node[1].metadata_props)
+
+
+def test_macs_of_nodes_that_lack_inputs_are_not_known():
+    nodes = [helper.make_node("Conv", ["x"], ["a"]), helper.make_node("LSTM", ["x", "w"], ["b"])]
+    model = load(helper.make_model(helper.make_graph(nodes, "g", [], []), ir_version=8))
+    shapes = infer_shapes(model)
+    assert [node_macs(node, shapes) for node in model.graph.nodes] == [None, None]
 
 
 # ------------------------------------------------------------------------------------------------------ files that grow

@@ -107,7 +107,10 @@ def node_macs(node: gs.Node, shapes: Shapes) -> int | None:
     if node.domain:
         return None
     estimate = _MACS.get(node.op)
-    return estimate(node, shapes) if estimate else None
+    try:
+        return estimate(node, shapes) if estimate else None
+    except IndexError:  # the model is not legal: the node lacks an input or output that it must have
+        return None
 
 
 def _sizes(tensor: gs.Tensor, shapes: Shapes) -> list[int] | None:

@@ -277,9 +277,8 @@ def _part(facts: Facts, split: gs.Node, position: int) -> Fact:
         part: Element = 1
         keep = bool(split.attrs.get("keepdims", 1))
     elif not split.attrs.get("keepdims", 1):
-        return Fact(
-            source.dtype
-        )  # ignored by the specification, but not by ONNX Runtime where the sizes are one number
+        # By the specification it is ignored here; not by ONNX Runtime, where the sizes are one number.
+        return Fact(source.dtype)
     else:
         keep = True
         sizes = fixed_integers(facts, split, 1)
