@@ -24,6 +24,7 @@ from onnxslim.graph.facts import Fact, Facts, Shape
 from onnxslim.graph.symbols import (
     Element,
     floor_divide,
+    fresh,
 )
 from onnxslim.graph.walk import constant_value
 
@@ -54,9 +55,9 @@ def _gemm(facts: Facts, node: gs.Node) -> Results:
 
 @on("Conv", "MaxPool", "AveragePool", "LpPool")
 def _windows(facts: Facts, node: gs.Node) -> Results:
-    """The spatial sizes that ONNX does not tell for symbolic inputs."""
+    """The spatial sizes that ONNX does not tell for symbolic inputs, or tells otherwise than runtimes."""
     source = facts.of(node.inputs[0])
-    if source.shape is None or source.dtype is None or len(source.shape) < 3 or len(node.outputs) != 1:
+    if source.shape is None or source.dtype is None or len(source.shape) < 3:
         return None
     sizes = _window_sizes(facts, node, source.shape)
     if sizes is None:
@@ -67,7 +68,9 @@ def _windows(facts: Facts, node: gs.Node) -> Results:
         if weight.shape is None or len(weight.shape) != len(source.shape):
             return None
         channels = weight.shape[0]
-    return [Fact(source.dtype, (source.shape[0], channels, *sizes))]
+    shape = (source.shape[0], channels, *sizes)
+    # The second output of a MaxPool says where each maximum lay.
+    return [Fact(source.dtype, shape), Fact(_INT64, shape)][: len(node.outputs)]
 
 
 def _window_sizes(facts: Facts, node: gs.Node, shape: Shape) -> list[Element] | None:
@@ -77,22 +80,37 @@ def _window_sizes(facts: Facts, node: gs.Node, shape: Shape) -> list[Element] | 
         weight = facts.of(node.inputs[1]).shape
         kernel = None if weight is None else list(weight[2:])
     padding = node.attrs.get("auto_pad", "NOTSET")
-    if kernel is None or not all(isinstance(size, int) for size in kernel) or padding not in ("NOTSET", "VALID"):
-        return None
-    if node.attrs.get("ceil_mode", 0) or len(kernel) != rank:
+    if kernel is None or not all(isinstance(size, int) for size in kernel) or len(kernel) != rank:
         return None
     strides, dilations = node.attrs.get("strides", [1] * rank), node.attrs.get("dilations", [1] * rank)
     pads = node.attrs.get("pads", [0] * 2 * rank) if padding == "NOTSET" else [0] * 2 * rank
     if len(pads) != 2 * rank or len(strides) != rank or len(dilations) != rank or min(strides) < 1:
         return None
+    if padding not in ("NOTSET", "VALID"):
+        # A pool's dilations count for ONNX and not for every runtime.
+        certain = node.op == "Conv" or all(dilation == 1 for dilation in dilations)
+        return [
+            floor_divide(shape[2 + axis] + (strides[axis] - 1), strides[axis]) if certain else fresh()
+            for axis in range(rank)
+        ]
     sizes: list[Element] = []
     for axis in range(rank):
         room = shape[2 + axis] + (pads[axis] + pads[axis + rank] - dilations[axis] * (kernel[axis] - 1) - 1)
         size = floor_divide(room, strides[axis]) + 1
         if isinstance(size, int) and size < 0:
             return None
+        if node.attrs.get("ceil_mode", 0) and not _fills(room, strides[axis], shape[2 + axis] + pads[axis]):
+            size = fresh()
         sizes.append(size)
     return sizes
+
+
+def _fills(room: Element, stride: int, end: Element) -> bool:
+    """Whether a pool whose last window may be cut off has as many windows as one whose may not.
+
+    A window that starts behind the tensor counts for ONNX before version 22, not for runtimes.
+    """
+    return stride == 1 or (isinstance(room, int) and isinstance(end, int) and room % stride == 0 and room < end)
 
 
 @on("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
@@ -145,7 +163,7 @@ def _reduced(op: str, source: Fact, gone: set[int]) -> np.ndarray | None:
 
 @on("Resize", "Upsample")
 def _resize(facts: Facts, node: gs.Node) -> Results:
-    """Whole factors, of sizes that are not known either."""
+    """By factors; sizes that are no whole number are rounded down, in float32 by some and in float64 by others."""
     source, version = facts.of(node.inputs[0]), facts.opset(node)
     place = 2 if node.op == "Resize" and version >= 11 else 1
     scales = node.attrs.get("scales")
@@ -154,6 +172,30 @@ def _resize(facts: Facts, node: gs.Node) -> Results:
         scales = None if constant is None else constant.reshape(-1).tolist()
     if source.shape is None or source.dtype is None or not isinstance(scales, list) or has_input(node, 3):
         return None
-    if len(scales) != len(source.shape) or "axes" in node.attrs or any(scale != int(scale) for scale in scales):
+    if "axes" in node.attrs:
+        axes = [axis % len(source.shape) for axis in node.attrs["axes"]]
+        by_axis = dict(zip(axes, scales, strict=False))
+        scales = [by_axis.get(axis, 1.0) for axis in range(len(source.shape))]
+    if len(scales) != len(source.shape):
         return None
-    return [Fact(source.dtype, tuple(size * int(scale) for size, scale in zip(source.shape, scales, strict=True)))]
+    if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        return [Fact(source.dtype, any_shape(len(scales)))]
+    return [Fact(source.dtype, tuple(_scaled(*each) for each in zip(source.shape, scales, strict=True)))]
+
+
+def _scaled(size: Element, scale: float) -> Element:
+    if scale == int(scale):
+        return size * int(scale)
+    if not isinstance(size, int):
+        return fresh()
+    single, double = int(np.float32(size) * np.float32(scale)), int(size * scale)
+    return single if single == double else fresh()
+
+
+@on("STFT")
+def _stft(facts: Facts, node: gs.Node) -> Results:
+    """ONNX's own inference takes the transform for two-sided where the attribute is left out."""
+    source = facts.of(node.inputs[0])
+    if source.shape is None or source.dtype is None or not source.shape:
+        return None
+    return [Fact(source.dtype, (source.shape[0], fresh(), fresh(), 2))]

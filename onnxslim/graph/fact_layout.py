@@ -127,7 +127,10 @@ def _reshaped(before: Shape | None, target: Sequence[Element], *, zero_copies: b
             sizes.append(None if size < 0 else size)
     missing = [axis for axis, size in enumerate(sizes) if size is None]
     if len(missing) == 1 and before is not None:
-        sizes[missing[0]] = _remaining(before, [size for size in sizes if size is not None])
+        others = [size for size in sizes if size is not None]
+        # A size that need not be -1 may be anything where the others leave no elements.
+        if target[missing[0]] == -1 or all((lower_bound(size) or 0) > 0 for size in others):
+            sizes[missing[0]] = _remaining(before, others)
     return tuple(fresh() if size is None else size for size in sizes)
 
 
