@@ -14,7 +14,7 @@ import tvm_ffi
 
 from onnxslim.targets.emit import Expr, known, substitute
 
-__all__ = ["Axis", "FusedKernel", "Step", "read_kernel"]
+__all__ = ["Axis", "FusedKernel", "Step", "read_kernel", "reads", "sources"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,10 @@ class Step:
     @property
     def is_pointwise(self) -> bool:
         """Whether each element is written once, at the place that the axes name in their order."""
-        return self.start is None and len(self.indices) == len(self.axes) and all(
-            index.same_as(axis.variable) for index, axis in zip(self.indices, self.axes, strict=True)
+        return (
+            self.start is None
+            and len(self.indices) == len(self.axes)
+            and all(index.same_as(axis.variable) for index, axis in zip(self.indices, self.axes, strict=True))
         )
 
     def value_at(self, place: list[Expr]) -> Expr:
@@ -167,3 +169,15 @@ def _step(statement: Any) -> Step | None:
         start=None if block.init is None else block.init.value,
         notes=dict(block.annotations),
     )
+
+
+def sources(step: Step) -> list[Any]:
+    """The buffers that a step reads, in the order of its expression; not the one that it fills."""
+    found: list[Any] = []
+
+    def note(load: TensorLoad) -> None:
+        if not load.source.same_as(step.output) and not any(load.source.same_as(each) for each in found):
+            found.append(load.source)
+
+    tvm_ffi.structural_walk(step.value, [(TensorLoad, note)])
+    return found

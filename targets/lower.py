@@ -15,8 +15,8 @@ from onnxslim.errors import TargetError
 from onnxslim.targets._tvm import load_tvm, tvm_target
 from onnxslim.targets.catalogue import Target
 from onnxslim.targets.link import link_library
+from onnxslim.targets.machine import Machine
 from onnxslim.targets.prepare import Prepared, opset_of
-from onnxslim.targets.schedule import schedule_kernels
 
 __all__ = ["Signature", "build_library", "import_model", "lower", "output_signature"]
 
@@ -96,13 +96,11 @@ def lower(module: Any, target: Target) -> Any:
     """
     tvm = load_tvm()
     made = tvm_target(target)
-    # Vector registers: 16 up to AVX2, 32 with AVX-512 and on 64-bit Arm.
-    registers = 32 if target.machine == "aarch64" or target.vector_bits == 512 else 16
     failure = ""
-    for schedule in (schedule_kernels(target.vector_bits, registers), None):
+    for machine in (Machine.of(target), None):
         try:
             with _quiet_warnings(), tvm.transform.PassContext(opt_level=3):
-                return tvm.compile(module, made, relax_pipeline=_pipeline(made, schedule))
+                return tvm.compile(module, made, relax_pipeline=_pipeline(made, machine))
         except Exception as error:
             # Our loops are legal, but a later step of TVM may still trip over them; its own loops come next.
             failure = _sentence(error)
@@ -123,12 +121,27 @@ def build_library(executable: Any, output: Path, triple: str) -> None:
     executable.export_library(str(output), fcompile=link)
 
 
-def _pipeline(target: Any, schedule: Any | None) -> Any:
-    """What turns operators into loops and calls; spelled out, because TVM's "default" fuses nothing on a CPU."""
+def _pipeline(target: Any, machine: Machine | None) -> Any:
+    """What turns operators into loops and calls; spelled out, because TVM's "default" fuses nothing on a CPU.
+
+    Args:
+        target: TVM's.
+        machine: what kernels of ours are written for; None for TVM's own.
+    """
     tvm = load_tvm()
     from tvm import relax
 
     step = relax.transform
+    ours: dict[str, Any] = {}
+    layout, schedule = [], []
+    if machine is not None:
+        from onnxslim.targets.layout import channels_last
+        from onnxslim.targets.legalize import legalizations
+        from onnxslim.targets.schedule import schedule_kernels
+
+        ours = legalizations(machine)
+        layout = [channels_last(), step.CanonicalizeBindings(), step.FoldConstant()]
+        schedule = [schedule_kernels(machine)]
 
     @tvm.transform.module_pass(opt_level=0, name="onnxslim")  # type: ignore[untyped-decorator]
     def pipeline(module: Any, _context: Any) -> Any:
@@ -142,13 +155,14 @@ def _pipeline(target: Any, schedule: Any | None) -> Any:
             step.FoldBatchnormToConv2D(),
             step.DecomposeOpsForInference(),
             step.FoldConstant(),
-            step.LegalizeOps(),
+            *layout,
+            step.LegalizeOps(ours),
             step.AnnotateTIROpPattern(),
             step.FoldConstant(),
             step.FuseOps(),
             step.FuseTIR(),
             step.DeadCodeElimination(),
-            *([schedule] if schedule is not None else []),
+            *schedule,
             step.RewriteDataflowReshape(),
             step.ToNonDataflow(),
             step.RemovePurityChecking(),

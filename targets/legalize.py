@@ -1,0 +1,230 @@
+"""Relax operators as computations with packed constants, for which :mod:`~onnxslim.targets.schedule` has kernels.
+
+Each is a tensor expression that says what is computed, in full, so that TVM can fuse what follows and fall back to its
+own loops; a note in its block says which kernel is meant and how its tiles are cut, since that decides how the weights
+are packed. Weights are packed here, once, and stored only packed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from tvm import relax, te, tirx
+from tvm.ir import GenericConst
+
+from onnxslim.targets.emit import known
+from onnxslim.targets.kernel_product import NOTE
+from onnxslim.targets.machine import Machine
+from onnxslim.targets.tiling import Tile, best_tile
+
+__all__ = ["legalizations"]
+
+# Fused with everything element by element that follows (kOutEWiseFusable).
+_FUSABLE = {"op_pattern": 4}
+Legalization = Callable[[Any, Any], Any]
+
+
+def legalizations(machine: Machine) -> dict[str, Legalization]:
+    """What ``LegalizeOps`` is to take instead of TVM's own."""
+    return {
+        "relax.nn.conv1d": lambda builder, call: _convolution(builder, call, machine),
+        "relax.nn.conv2d": lambda builder, call: _convolution(builder, call, machine),
+        "relax.matmul": lambda builder, call: _matmul(builder, call, machine),
+    }
+
+
+def _stock(builder: Any, call: Any) -> Any:
+    """TVM's own legalization."""
+    return call.op.get_attr("FLegalize")(builder, call)
+
+
+def _sizes(expression: Any) -> list[Any]:
+    return [size if known(size) is None else known(size) for size in expression.ty.shape.values]
+
+
+def _has_shape(expression: Any) -> bool:
+    return getattr(expression.ty, "shape", None) is not None and hasattr(expression.ty.shape, "values")
+
+
+def _is_float(*expressions: Any) -> bool:
+    return all(str(expression.ty.dtype) == "float32" for expression in expressions)
+
+
+# --------------------------------------------------------------------------------------------------------- convolution
+
+
+def _convolution(builder: Any, call: Any, machine: Machine) -> Any:
+    data, weight = call.args[:2]
+    attributes = call.attrs
+    layout = str(attributes.data_layout)
+    if layout not in ("NHWC", "NWC") or not isinstance(weight, GenericConst) or not _is_float(data, weight, call):
+        return _stock(builder, call)
+    kernel_layout = str(attributes.kernel_layout)
+    spatial = layout[1:-1]
+    # [output channels, window, input channels]
+    values = weight.value.numpy().transpose([kernel_layout.index(axis) for axis in f"O{spatial}I"])
+    shape, groups = _sizes(call), int(attributes.groups)
+    source = _sizes(data)
+    if values.shape[-1] == 1 and groups == values.shape[0] == source[-1]:
+        return _depthwise(builder, call, values, spatial)
+    window = list(values.shape[1:-1])
+    strides, dilations, pads = (
+        _per_axis(value, len(spatial)) for value in (attributes.strides, attributes.dilation, attributes.padding)
+    )
+    columns = values.shape[0] // groups
+    flat = groups == 1 and all(value == 1 for value in (*window, *strides)) and not any(pads)
+    rows = _flat_size(shape[:-1]) if flat else shape[-2]
+    tile = best_tile(rows if isinstance(rows, int) else None, columns, machine.lanes(), machine)
+    packed = _pack(values.reshape(groups, columns, -1, values.shape[-1]), tile.vectors * machine.lanes())
+    note = _note(
+        "convolution", tile, machine, kernel=window, strides=strides, dilations=dilations, pads=pads, groups=groups
+    )
+
+    def compute(x: Any, w: Any) -> Any:
+        return _window_sum(x, w, shape, window, strides, dilations, pads, groups, tile.vectors * machine.lanes(), note)
+
+    return builder.call_te(
+        compute, data, relax.const(packed), primfunc_name_hint="convolution", primfunc_attrs=_FUSABLE
+    )
+
+
+def _window_sum(
+    x: Any,
+    w: Any,
+    shape: list[Any],
+    window: list[int],
+    strides: list[int],
+    dilations: list[int],
+    pads: list[int],
+    groups: int,
+    panel: int,
+    note: dict[str, str],
+) -> Any:
+    taps = [te.reduce_axis((0, size), f"tap{axis}") for axis, size in enumerate(window)]
+    inputs, columns = int(x.shape[-1]) // groups, int(shape[-1]) // groups
+    panels = math.ceil(columns / panel)
+    depth = te.reduce_axis((0, inputs), "depth")
+
+    def element(image: Any, *place: Any) -> Any:
+        *pixel, channel = place
+        at = [
+            position * stride + tap.var * dilation - pad
+            for position, stride, tap, dilation, pad in zip(pixel, strides, taps, dilations, pads, strict=False)
+        ]
+        inside = [
+            condition for where, size in zip(at, x.shape[1:-1], strict=True) for condition in (where >= 0, where < size)
+        ]
+        group, column = tirx.floordiv(channel, columns), tirx.floormod(channel, columns)
+        value = x(image, *at, group * inputs + depth.var)
+        if any(pads):
+            value = tirx.if_then_else(tirx.all(*inside), value, tirx.const(0.0, "float32"))
+        tap: Any = 0
+        for each, size in zip(taps, window, strict=True):
+            tap = tap * size + each.var
+        weight = w(group * panels + tirx.floordiv(column, panel), tap, depth.var, tirx.floormod(column, panel))
+        return te.sum(value * weight, axis=[*taps, depth])
+
+    return te.compute(tuple(shape), element, name="convolution", attrs=note)
+
+
+def _depthwise(builder: Any, call: Any, values: np.ndarray, spatial: str) -> Any:
+    data, attributes = call.args[0], call.attrs
+    shape = _sizes(call)
+    window = list(values.shape[1:-1])
+    strides, dilations, pads = (
+        _per_axis(value, len(spatial)) for value in (attributes.strides, attributes.dilation, attributes.padding)
+    )
+    packed = np.ascontiguousarray(values.reshape(values.shape[0], -1).T)
+    note = {
+        NOTE: json.dumps(
+            {"kind": "depthwise", "kernel": window, "strides": strides, "dilations": dilations, "pads": pads}
+        )
+    }
+
+    def compute(x: Any, w: Any) -> Any:
+        taps = [te.reduce_axis((0, size), f"tap{axis}") for axis, size in enumerate(window)]
+
+        def element(image: Any, *place: Any) -> Any:
+            *pixel, channel = place
+            at = [
+                position * stride + tap.var * dilation - pad
+                for position, stride, tap, dilation, pad in zip(pixel, strides, taps, dilations, pads, strict=False)
+            ]
+            inside = [c for where, size in zip(at, x.shape[1:-1], strict=True) for c in (where >= 0, where < size)]
+            value = x(image, *at, channel)
+            if any(pads):
+                value = tirx.if_then_else(tirx.all(*inside), value, tirx.const(0.0, "float32"))
+            tap: Any = 0
+            for each, size in zip(taps, window, strict=True):
+                tap = tap * size + each.var
+            return te.sum(value * w(tap, channel), axis=taps)
+
+        return te.compute(tuple(shape), element, name="depthwise", attrs=note)
+
+    return builder.call_te(compute, data, relax.const(packed), primfunc_name_hint="depthwise", primfunc_attrs=_FUSABLE)
+
+
+def _per_axis(values: Any, rank: int) -> list[int]:
+    listed = [int(value) for value in values]
+    return listed * rank if len(listed) == 1 else listed
+
+
+# -------------------------------------------------------------------------------------------------------------- matmul
+
+
+def _matmul(builder: Any, call: Any, machine: Machine) -> Any:
+    left, right = call.args
+    if not _has_shape(left) or not _has_shape(right) or not _is_float(left, right, call):
+        return _stock(builder, call)
+    a, b = _sizes(left), _sizes(right)
+    if len(a) < 2 or len(b) < 2:
+        return _stock(builder, call)
+    if isinstance(right, GenericConst) and len(b) == 2:
+        return _matmul_by_constant(builder, call, machine)
+    return _stock(builder, call)
+
+
+def _matmul_by_constant(builder: Any, call: Any, machine: Machine) -> Any:
+    left, right = call.args
+    shape = _sizes(call)
+    depth, columns = right.value.shape
+    rows = _flat_size(shape[:-1])
+    tile = best_tile(rows if isinstance(rows, int) else None, int(columns), machine.lanes(), machine)
+    panel = tile.vectors * machine.lanes()
+    packed = _pack(right.value.numpy().T.reshape(1, columns, 1, depth), panel)
+    note = _note("matmul", tile, machine)
+
+    def compute(x: Any, w: Any) -> Any:
+        k = te.reduce_axis((0, int(depth)), "depth")
+
+        def element(*place: Any) -> Any:
+            *row, column = place
+            weight = w(tirx.floordiv(column, panel), 0, k.var, tirx.floormod(column, panel))
+            return te.sum(x(*row, k.var) * weight, axis=k)
+
+        return te.compute(tuple(shape), element, name="matmul", attrs=note)
+
+    return builder.call_te(compute, left, relax.const(packed), primfunc_name_hint="matmul", primfunc_attrs=_FUSABLE)
+
+
+def _flat_size(sizes: list[Any]) -> int | None:
+    """How many rows a tensor has whose last axis is the depth; None where that is not known."""
+    return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
+
+
+def _note(kind: str, tile: Tile, machine: Machine, **more: Any) -> dict[str, str]:
+    return {NOTE: json.dumps({"kind": kind, "rows": tile.rows, "panel": tile.vectors * machine.lanes(), **more})}
+
+
+def _pack(weights: np.ndarray, panel: int) -> np.ndarray:
+    """[groups, columns, taps, depth] -> [groups × panels, taps, depth, panel], zeros behind the last column."""
+    groups, columns, taps, depth = weights.shape
+    panels = math.ceil(columns / panel)
+    packed = np.zeros((groups, panels * panel, taps, depth), weights.dtype)
+    packed[:, :columns] = weights
+    packed = packed.reshape(groups * panels, panel, taps, depth)
+    return np.ascontiguousarray(packed.transpose(0, 2, 3, 1))
