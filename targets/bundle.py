@@ -18,7 +18,17 @@ from onnxslim.errors import DataError, OutputError, TargetError
 from onnxslim.targets._tvm import config_threads, load_tvm
 from onnxslim.targets.catalogue import Target, runs_here
 
-__all__ = ["LIBRARY", "MANIFEST", "Bundle", "FileEntry", "Manifest", "TensorEntry", "hash_files", "new_folder"]
+__all__ = [
+    "LIBRARY",
+    "MANIFEST",
+    "Bundle",
+    "FileEntry",
+    "KernelEntry",
+    "Manifest",
+    "TensorEntry",
+    "hash_files",
+    "new_folder",
+]
 
 MANIFEST = "manifest.json"
 LIBRARY = "model.so"
@@ -46,6 +56,16 @@ class FileEntry(_Entry):
     bytes: _Size
 
 
+class KernelEntry(_Entry):
+    """One function of the library, by the name under which it is called."""
+
+    op: str = Field(description="its steps, such as 'convolution add relu'")
+    shape: tuple[_Size | str, ...] = Field(description="of its result")
+    flops: _Size | None = Field(description="floating-point operations of one call; None where sizes are open")
+    bytes: _Size | None = Field(description="of all its arguments, the result included; None where sizes are open")
+    writer: Literal["onnxslim", "tvm"] = Field(description="who wrote its loops")
+
+
 class Manifest(_Entry):
     """What a bundle holds: ``manifest.json``."""
 
@@ -59,6 +79,7 @@ class Manifest(_Entry):
     requires: dict[str, str] = Field(description="packages for the device, with versions")
     compile_seconds: float
     notes: list[str] = Field(default_factory=list)
+    kernels: dict[str, KernelEntry] = Field(default_factory=dict)
     files: dict[_FileName, FileEntry]
 
 

@@ -79,7 +79,7 @@ def _build(
     _refuse(prepared, target)
     try:
         module = import_model(prepared)
-        executable = lower(module, target)
+        executable, kernels = lower(module, target)
     except TargetError as error:
         raise TargetError(f"{error}{_open_axes(prepared)}") from None
     outputs = [
@@ -99,6 +99,7 @@ def _build(
             requires=dict(PINS),
             compile_seconds=round(seconds, 3),
             notes=notes,
+            kernels=kernels,
             files={},
         )
         (stage / "README.txt").write_text(

@@ -13,6 +13,7 @@ from typing import Any
 
 from onnxslim.errors import TargetError
 from onnxslim.targets._tvm import load_tvm, tvm_target
+from onnxslim.targets.bundle import KernelEntry
 from onnxslim.targets.catalogue import Target
 from onnxslim.targets.link import link_library
 from onnxslim.targets.machine import Machine
@@ -88,8 +89,11 @@ def _size(size: Any) -> int | str:
         return str(size)
 
 
-def lower(module: Any, target: Target) -> Any:
+def lower(module: Any, target: Target) -> tuple[Any, dict[str, KernelEntry]]:
     """Compile Relax to an executable.
+
+    Returns:
+        The executable, and what its kernels are.
 
     Raises:
         TargetError: TVM fails; one sentence.
@@ -99,8 +103,9 @@ def lower(module: Any, target: Target) -> Any:
     failure = ""
     for machine in (Machine.of(target), None):
         try:
+            kernels: dict[str, KernelEntry] = {}
             with _quiet_warnings(), tvm.transform.PassContext(opt_level=3):
-                return tvm.compile(module, made, relax_pipeline=_pipeline(made, machine))
+                return tvm.compile(module, made, relax_pipeline=_pipeline(made, machine, kernels)), kernels
         except Exception as error:
             # Our loops are legal, but a later step of TVM may still trip over them; its own loops come next.
             failure = _sentence(error)
@@ -121,15 +126,18 @@ def build_library(executable: Any, output: Path, triple: str) -> None:
     executable.export_library(str(output), fcompile=link)
 
 
-def _pipeline(target: Any, machine: Machine | None) -> Any:
+def _pipeline(target: Any, machine: Machine | None, kernels: dict[str, KernelEntry]) -> Any:
     """What turns operators into loops and calls; spelled out, because TVM's "default" fuses nothing on a CPU.
 
     Args:
         target: TVM's.
         machine: what kernels of ours are written for; None for TVM's own.
+        kernels: filled with what each kernel is.
     """
     tvm = load_tvm()
     from tvm import relax
+
+    from onnxslim.targets.kernel_facts import describing
 
     step = relax.transform
     ours: dict[str, Any] = {}
@@ -162,7 +170,7 @@ def _pipeline(target: Any, machine: Machine | None) -> Any:
             step.FuseOps(),
             step.FuseTIR(),
             step.DeadCodeElimination(),
-            *schedule,
+            describing(kernels, schedule),
             step.RewriteDataflowReshape(),
             step.ToNonDataflow(),
             step.RemovePurityChecking(),
