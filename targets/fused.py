@@ -14,7 +14,7 @@ import tvm_ffi
 
 from onnxslim.targets.emit import Expr, known, substitute
 
-__all__ = ["Axis", "FusedKernel", "Step", "read_kernel", "reads", "sources"]
+__all__ = ["Axis", "FusedKernel", "Step", "loads", "read_kernel", "reads", "sources"]
 
 
 @dataclass(frozen=True)
@@ -180,4 +180,16 @@ def sources(step: Step) -> list[Any]:
             found.append(load.source)
 
     tvm_ffi.structural_walk(step.value, [(TensorLoad, note)])
+    return found
+
+
+def loads(value: Expr, of: Callable[[Any], bool]) -> list[list[Expr]]:
+    """The indices of every load from a buffer of which ``of`` is true."""
+    found: list[list[Expr]] = []
+
+    def note(load: TensorLoad) -> None:
+        if of(load.source):
+            found.append(list(load.indices))
+
+    tvm_ffi.structural_walk(value, [(TensorLoad, note)])
     return found

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import tvm_ffi
 from tvm import tirx
 from tvm.tirx import FloatImm, PrimFunc
 
@@ -32,9 +33,10 @@ from onnxslim.targets.emit import (
     parallel,
     seq,
     store,
+    substitute,
     vector,
 )
-from onnxslim.targets.fused import FusedKernel, Step, sources
+from onnxslim.targets.fused import FusedKernel, Step, loads, sources
 from onnxslim.targets.machine import PARALLEL_WORK, Machine
 from onnxslim.targets.tiling import spread
 
@@ -104,8 +106,23 @@ class Epilogue:
 
     @property
     def can_be_written(self) -> bool:
-        """Whether all that follows is element by element."""
-        return all(step is self.product or step.is_pointwise for step in self.kernel.steps)
+        """Whether all that follows is element by element: TVM also fuses what spreads the product over more elements."""
+        equal = tvm_ffi.structural_equal
+        axes = [axis.variable for axis in self.product.spatial]
+
+        def is_same_place(step: Step) -> bool:
+            names = dict(zip((axis.variable for axis in step.axes), axes, strict=True))
+            return all(
+                equal(substitute(index, names), axis)
+                for indices in loads(step.value, lambda buffer: not self.kernel.is_parameter(buffer))
+                for index, axis in zip(indices, axes, strict=True)
+            )
+
+        return all(
+            step is self.product
+            or (step.is_pointwise and equal(step.output.shape, self.product.output.shape) and is_same_place(step))
+            for step in self.kernel.steps
+        )
 
     def store(self, place: list[Expr], held: Expr) -> Stmt:
         """The statements that write all outputs at ``place`` from the sum ``held``."""

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 from tvm import relax, te, tirx
-from tvm.ir import GenericConst
+from tvm.ir import Call, GenericConst, GlobalVar
+from tvm_ffi import structural_equal as equal
 
 from onnxslim.targets.emit import known
 from onnxslim.targets.kernel_product import NOTE
@@ -23,8 +24,13 @@ from onnxslim.targets.tiling import Tile, best_tile
 
 __all__ = ["legalizations"]
 
+_BROADCAST = ("add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "where")
+
 # Fused with everything element by element that follows (kOutEWiseFusable).
-_FUSABLE = {"op_pattern": 4}
+_OUT_ELEMENTWISE_FUSABLE = 4
+_FUSABLE = {"op_pattern": _OUT_ELEMENTWISE_FUSABLE}
+# Fused with its like, but not with a product.
+_INJECTIVE = 2
 Legalization = Callable[[Any, Any], Any]
 
 
@@ -34,12 +40,38 @@ def legalizations(machine: Machine) -> dict[str, Legalization]:
         "relax.nn.conv1d": lambda builder, call: _convolution(builder, call, machine),
         "relax.nn.conv2d": lambda builder, call: _convolution(builder, call, machine),
         "relax.matmul": lambda builder, call: _matmul(builder, call, machine),
+        **dict.fromkeys((f"relax.{name}" for name in _BROADCAST), _broadcast),
     }
 
 
 def _stock(builder: Any, call: Any) -> Any:
     """TVM's own legalization."""
     return call.op.get_attr("FLegalize")(builder, call)
+
+
+def _broadcast(builder: Any, call: Any) -> Any:
+    """Keep what spreads a product over more elements, as a gate of channels does, out of the product's kernel."""
+    legal = _stock(builder, call)
+    if any(_spreads(builder, each, call) for each in call.args) and isinstance(legal.args[0], GlobalVar):
+        name = legal.args[0]
+        builder.update_func(name, builder.get()[name].with_attr("op_pattern", _INJECTIVE))
+    return legal
+
+
+def _spreads(builder: Any, argument: Any, call: Any) -> bool:
+    smaller = _has_shape(argument) and _has_shape(call) and not equal(argument.ty.shape, call.ty.shape)
+    return smaller and _is_product(builder, argument)
+
+
+def _is_product(builder: Any, expression: Any, depth: int = 8) -> bool:
+    """Whether a tensor comes from a product by nothing but steps that go element by element."""
+    made = builder.lookup_binding(expression) if isinstance(expression, relax.Var) else None
+    if depth == 0 or not isinstance(made, Call) or not made.args or not isinstance(made.args[0], GlobalVar):
+        return False
+    pattern = dict(builder.get()[made.args[0]].attrs.items()).get("op_pattern")
+    if pattern is not None:
+        return int(pattern) == _OUT_ELEMENTWISE_FUSABLE
+    return any(_is_product(builder, each, depth - 1) for each in made.args[1].fields)
 
 
 def _sizes(expression: Any) -> list[Any]:
