@@ -8,13 +8,14 @@ import tvm
 from tvm.tirx import PrimFunc
 
 from onnxslim.targets.fused import read_kernel
+from onnxslim.targets.kernel_contraction import write_contraction
 from onnxslim.targets.kernel_depthwise import write_depthwise
 from onnxslim.targets.kernel_product import write_product
 from onnxslim.targets.machine import Machine
 
 __all__ = ["schedule_kernels"]
 
-_WRITERS = (write_product, write_depthwise)
+_WRITERS = (write_product, write_depthwise, write_contraction)
 
 
 def schedule_kernels(machine: Machine) -> Any:
