@@ -10,10 +10,10 @@ import numpy as np
 from pydantic import BaseModel
 
 from onnxslim.data import open_dataset, random_feeds
-from onnxslim.errors import DataError
+from onnxslim.errors import DataError, TargetError
 from onnxslim.measure import shapes_of
 from onnxslim.model import load
-from onnxslim.record import Latency
+from onnxslim.record import Latency, Profile
 from onnxslim.runtime import Feed, Session, TensorSpec, interleaved_latency
 from onnxslim.targets import Bundle
 
@@ -25,6 +25,7 @@ class BenchEntry(BaseModel):
 
     path: str
     latency: Latency
+    profile: Profile | None = None
 
 
 def is_bundle(path: Path) -> bool:
@@ -39,6 +40,7 @@ def bench(
     shapes: dict[str, list[int]] | None = None,
     threads: int = 1,
     max_seconds: float = 20.0,
+    profile: bool = False,
 ) -> list[BenchEntry]:
     """Time model files (in ONNX Runtime) and bundles (in TVM), interleaved; ratios are to the first.
 
@@ -48,10 +50,14 @@ def bench(
         shapes: sizes for dynamic inputs of the made-up ones.
         threads: threads for each.
         max_seconds: stop after about this long.
+        profile: also time each kernel of the bundles.
 
     Raises:
         SlimError: a subject cannot be loaded, or does not take the same inputs as the first.
+        TargetError: ``profile`` without a bundle.
     """
+    if profile and not any(map(is_bundle, paths)):
+        raise TargetError(f"{paths[0]}: is no bundle, and kernels of bundles only are timed. Run `onnxslim compile`.")
     runners: dict[str, Callable[[], object]] = {}
     sessions = {path: _open(path, threads) for path in paths}
     feed = _feed(paths[0], sessions, data, shapes or {})
@@ -73,9 +79,16 @@ def bench(
                 baseline=first,
                 baseline_name=str(paths[0]),
             ),
+            profile=_profile(subject, feed) if profile and isinstance(subject, Bundle) else None,
         )
         for path, subject in sessions.items()
     ]
+
+
+def _profile(bundle: Bundle, feed: Feed) -> Profile:
+    from onnxslim.targets.profile import profile
+
+    return profile(bundle, feed)
 
 
 def _open(path: Path, threads: int) -> Session | Bundle:

@@ -265,6 +265,7 @@ def bench(
     shape: Shapes = None,
     threads: Annotated[int, typer.Option(min=1, help="threads for each")] = 1,
     seconds: Annotated[float, typer.Option(min=0.1, help="stop after about this long")] = 20.0,
+    profile: Annotated[bool, typer.Option("--profile", help="also say where the time of each bundle goes")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -273,7 +274,9 @@ def bench(
 
     with show.progress_bar(Console(stderr=True), shown=not (quiet or as_json)) as progress:
         progress("timing", 0, 0)
-        entries = run_bench(paths, data=data, shapes=_shapes(shape), threads=threads, max_seconds=seconds)
+        entries = run_bench(
+            paths, data=data, shapes=_shapes(shape), threads=threads, max_seconds=seconds, profile=profile
+        )
     _emit(entries, as_json=as_json, quiet=quiet, printer=show.print_bench)
 
 

@@ -173,6 +173,11 @@ def print_bench(console: Console, entries: list[BenchEntry]) -> None:
             str(len(latency.samples_ms)),
         )
     console.print(table)
+    for entry in entries:
+        if entry.profile is not None:
+            from onnxslim.console_profile import print_profile
+
+            print_profile(console, entry.path, entry.profile)
 
 
 def print_comparison(console: Console, found: Comparison) -> None:

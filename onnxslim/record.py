@@ -20,11 +20,13 @@ __all__ = [
     "GraphDifference",
     "GraphPlace",
     "Interval",
+    "KernelTime",
     "Latency",
     "LayerError",
     "LayerSize",
     "NodeChanges",
     "PassEntry",
+    "Profile",
     "Record",
     "Rewritten",
     "Score",
@@ -73,6 +75,35 @@ class Latency(_Entry):
         default=None, description="median of this over the baseline's in the same run; < 1: faster"
     )
     baseline: str | None = Field(default=None, description="what the ratio is to, such as 'original in onnxruntime'")
+
+
+class KernelTime(_Entry):
+    """One function of a compiled model, as timed over whole inferences."""
+
+    name: str
+    op: str = Field(description="its steps, such as 'convolution add relu'")
+    shape: list[int | str] = Field(default_factory=list, description="of its result")
+    calls: int = Field(description="in one inference")
+    ms: float = Field(description="of all its calls in one inference, median")
+    share: float = Field(description="of the time of all calls")
+    flops_per_second: float | None = Field(default=None, description="None: nothing to compute, or sizes are open")
+    peak_share: float | None = Field(default=None, description="of what the same threads reach on numbers in registers")
+    bytes_per_second: float | None = Field(default=None, description="arguments read and results written")
+    writer: str = Field(default="", description="who wrote its loops: 'onnxslim' or 'tvm'; empty: not a kernel")
+
+
+class Profile(_Entry):
+    """Where the time of an inference goes."""
+
+    threads: int
+    inferences: int = Field(description="how many were timed call by call")
+    peak_flops_per_second: float = Field(description="measured, float32, on numbers in registers")
+    kernels: list[KernelTime] = Field(description="those that take longest first")
+
+    @property
+    def ms(self) -> float:
+        """Time of all calls in one inference."""
+        return sum(kernel.ms for kernel in self.kernels)
 
 
 class LayerSize(_Entry):
@@ -253,6 +284,7 @@ class TargetEntry(_Entry):
     reference_latency: Latency | None = Field(
         default=None, description="ONNX Runtime on the same model file, same threads, interleaved"
     )
+    profile: Profile | None = Field(default=None, description="where the time goes; None: it was not run here")
     max_abs_error: float | None = Field(default=None, description="against ONNX Runtime on the same model file")
     sqnr_db: float | None = None
     score: Score | None = None

@@ -203,6 +203,21 @@ class Bundle:
             call()
         return call
 
+    def watch(self, observer: Callable[[str, bool], None]) -> None:
+        """From now on, call ``observer(name, before)`` around every call that an inference makes.
+
+        Names are those of kernels, and ``vm.builtin.…`` for what the runtime does: memory, shapes, checks.
+
+        Raises:
+            TargetError: this machine cannot run it.
+        """
+
+        def instrument(_function: Any, name: str, before: bool, *_: Any) -> int:
+            observer(name, before)
+            return 0  # do not skip the call
+
+        self._virtual_machine().set_instrument(instrument)
+
     def check(self, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """The arrays of a feed in the order of the inputs, contiguous.
 
@@ -212,9 +227,12 @@ class Bundle:
         return _check_feed(self.manifest.inputs, feed)
 
     def _function(self) -> Any:
+        return self._virtual_machine()[self.manifest.entry]
+
+    def _virtual_machine(self) -> Any:
         if self._vm is None:
             self._vm = self._open()
-        return self._vm[self.manifest.entry]
+        return self._vm
 
     def _open(self) -> Any:
         if not runs_here(self.target):

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import tvm
 import tvm_ffi
 from tvm.ir import Call, Op
@@ -20,7 +19,8 @@ from onnxslim.targets.emit import known
 __all__ = ["describe_kernels", "describing"]
 
 _ARITHMETIC = (Add, Sub, Mul, Div, Max, Min)
-_MOVES = {"tirx.if_then_else", "tirx.likely", "tirx.reinterpret", "tirx.ret"}
+# Calls that compute nothing.
+_MOVES = {"if_then_else", "likely", "reinterpret"}
 
 
 def describing(kernels: dict[str, KernelEntry], rewrite: Sequence[Any]) -> Any:
@@ -55,24 +55,23 @@ def describe_kernels(module: Any) -> dict[str, KernelEntry]:
 
 def _describe(name: str, function: PrimFunc) -> KernelEntry:
     buffers = [each for each in function.params if hasattr(each, "shape")]
-    sizes = [[known(size) for size in buffer.shape] for buffer in buffers]
-    result = buffers[-1] if buffers else None
-    shape = () if result is None else tuple(str(size) if known(size) is None else known(size) for size in result.shape)
+    result = buffers[-1].shape if buffers else ()
     return KernelEntry(
         op=_steps(name),
-        shape=shape,
+        shape=tuple(str(size) if known(size) is None else int(size) for size in result),
         flops=_operations(function.body),
-        bytes=_bytes(buffers, sizes),
+        bytes=_bytes(buffers),
         writer="tvm",
     )
 
 
-def _bytes(buffers: Sequence[Any], sizes: Sequence[Sequence[int | None]]) -> int | None:
+def _bytes(buffers: Sequence[Any]) -> int | None:
     total = 0
-    for buffer, shape in zip(buffers, sizes, strict=True):
-        if None in shape:
+    for buffer in buffers:
+        sizes = [known(size) for size in buffer.shape]
+        if None in sizes:
             return None
-        total += math.prod(size for size in shape if size is not None) * np.dtype(str(buffer.dtype)).itemsize
+        total += math.prod(size for size in sizes if size is not None) * int(buffer.dtype.itemsize)
     return total
 
 
@@ -109,8 +108,12 @@ def _arithmetic(value: Any) -> int:
         # Indices are integers, and so is what decides between elements and padding.
         if not str(expression.ty.dtype).startswith(("float", "bfloat")):
             return
-        if not isinstance(expression, Call) or (isinstance(expression.op, Op) and expression.op.name not in _MOVES):
-            count += 1
+        moves = isinstance(expression, Call) and isinstance(expression.op, Op) and _last(expression.op.name) in _MOVES
+        count += not moves
 
     tvm_ffi.structural_walk(value, [((*_ARITHMETIC, Call), note)])
     return count
+
+
+def _last(name: str) -> str:
+    return str(name).rpartition(".")[2]
