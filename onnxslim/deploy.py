@@ -14,6 +14,7 @@ from onnxslim.model import load
 from onnxslim.record import Latency, Score, TargetEntry
 from onnxslim.runtime import Feed, Session, Timing, interleaved_latency
 from onnxslim.targets import Bundle, Target, compile, find_target, runs_here, unsupported_ops, verify
+from onnxslim.targets.profile import profile
 
 __all__ = ["Scorer", "deploy", "deploy_file", "time_bundle"]
 
@@ -87,6 +88,7 @@ def deploy(
     if check.ok and runs_here(target):
         # What an emulator takes says nothing about the device, so only what runs natively is timed.
         found["latency"], found["reference_latency"] = time_bundle(bundle, model_path, fitting[0], threads)
+        found["profile"] = profile(bundle, fitting[0], threads=threads)
         if scorer is not None:
             found["score"], why = scorer(bundle, found["latency"].median_ms)
             entry.notes.extend(why)

@@ -30,6 +30,7 @@ _LISTED = 500
 _LISTED_PASSES = 100
 _LISTED_TENSORS = 100
 _LISTED_NODES = 50
+_LISTED_KERNELS = 25
 
 
 def render(record: Record) -> str:
@@ -147,6 +148,8 @@ def _view(record: Record) -> dict[str, Any]:
         "recipe": _recipe(record),
         "reproduce": Markup(escape(units.clean(record.command))),
         "listed_nodes": _LISTED_NODES,
+        "listed_kernels": _LISTED_KERNELS,
+        "profiled_targets": _DRAWN_TARGETS,
     }
 
 

@@ -209,6 +209,19 @@ def test_targets_tell_verified_from_compiled_and_list_unsupported_ops() -> None:
     assert [row[0] for row in timed[1:]] == ["compiled", "reference"] and timed[1][7:9] == ["100", "10"]
 
 
+def test_kernels_say_where_the_time_goes_on_a_target() -> None:
+    root = page_of(records.goals_met)
+    table = root.table("Kernels on native")
+    assert len(table) == 26, "60 kernels, of which 25 are listed"
+    head = "convolution add relu fused_convolution0_add_relu"
+    speeds = ["58.2", "60 %", "7.50", "onnxslim"]
+    assert table[1] == [head, "1 × 56 × 56 × 64", "2", "50.0 µs", "1.67 %", *speeds]
+    text = root.by_id("targets").text()
+    assert "All calls of an inference take 3.00 ms on 2 threads" in text and "97.0 GFLOP/s" in text
+    assert "35 more kernels are in record.json" in text
+    assert "Where the time goes on raspberry-pi-4" not in text
+
+
 def test_layers_errors_and_ops_before_and_after() -> None:
     root = page_of(records.goals_met)
     layers = root.table("Layers by size")
