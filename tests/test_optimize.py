@@ -242,6 +242,7 @@ def test_targets_are_compiled_verified_and_timed(small, tmp_path, monkeypatch):
     assert entry.where == "this machine"
     assert entry.latency.median_ms > 0
     assert entry.latency.ratio == pytest.approx(entry.latency.median_ms / entry.reference_latency.median_ms)
+    assert any("convolution" in kernel.op for kernel in entry.profile.kernels)
     assert any("image = [1, 3, 8, 8]" in note for note in entry.notes)
     assert entry.score.metric == "top1"
     assert abs(entry.score.value - run.record.after.score.value) <= 1 / 48
