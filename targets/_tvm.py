@@ -12,12 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from onnxslim.errors import TargetError
+from onnxslim.runtime import usable_cores
 from onnxslim.targets.catalogue import NATIVE_CPU, Target, host_cpu_flags
 
-__all__ = ["PINS", "check_versions", "config_threads", "installed_runtime", "load_tvm", "resolve_target", "tvm_target"]
+__all__ = [
+    "PINS",
+    "check_versions",
+    "config_threads",
+    "installed_runtime",
+    "load_tvm",
+    "resolve_target",
+    "tvm_target",
+]
 
 PINS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 """TVM asks for any newer apache-tvm-ffi, but from 0.1.15 on it segfaults in ``Schedule.tensorize`` and JSON export."""
+
+# How often an idle worker looks for work before it sleeps: for one or two milliseconds, longer than a kernel's gap.
+_SPIN_COUNT = "2000"
 
 # What LLVM takes for granted of a processor by its name, but a hypervisor may hide: LLVM's name -> the kernel's.
 _HIDEABLE = {
@@ -81,10 +93,12 @@ def load_tvm() -> Any:
     """
     if "tvm" not in sys.modules:
         check_versions()
-        # TVM would pin the calling thread to few cores, which every thread that anyone starts later would inherit; and
-        # it would count half of the processors only. Both are read when its pool of threads starts.
+        # TVM would pin the calling thread to few cores, which every thread that anyone starts later would inherit; it
+        # would count half of the processors only; and its workers would keep a core busy for a quarter of a second
+        # after each inference, from which whatever runs next suffers. All are read when its pool of threads starts.
         os.environ.setdefault("TVM_BIND_THREADS", "0")
-        os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
+        os.environ.setdefault("TVM_NUM_THREADS", str(usable_cores()))
+        os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", _SPIN_COUNT)
     try:
         return importlib.import_module("tvm")
     except (ImportError, OSError, RuntimeError) as error:

@@ -10,6 +10,7 @@
 #include <string.h>
 #include <time.h>
 #include <tvm/ffi/c_api.h>
+#include <unistd.h>
 
 enum { MAX_INPUTS = 256, MAX_DIMS = 32 };
 
@@ -167,8 +168,11 @@ int main(int argc, char **argv) {
     else read_npy(argv[i], &tensors[inputs++]);
   }
   if (place < 2) fail("usage", "run BUNDLE OUTPUT_FOLDER [--threads N] [--repeat N] input0.npy ...");
+  char cores[16];
+  snprintf(cores, sizeof cores, "%ld", sysconf(_SC_NPROCESSORS_ONLN));
   setenv("TVM_BIND_THREADS", "0", 0);
-  if (atoi(threads) > 0) setenv("TVM_NUM_THREADS", threads, 1);
+  setenv("TVM_THREAD_POOL_SPIN_COUNT", "2000", 0); /* idle workers sleep after a millisecond or two */
+  setenv("TVM_NUM_THREADS", atoi(threads) > 0 ? threads : cores, atoi(threads) > 0);
 
   void *ffi = load(places[0], "libtvm_ffi.so");
   load(places[0], "libtvm_runtime.so");

@@ -29,7 +29,8 @@ class Model:
 
     def __init__(self, folder: Path = FOLDER, threads: int = 0) -> None:
         os.environ.setdefault("TVM_BIND_THREADS", "0")
-        os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
+        os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+        os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "2000")  # idle workers sleep after a millisecond or two
         os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
         import tvm_ffi
 
