@@ -41,12 +41,17 @@ def import_model(prepared: Prepared) -> Any:
     """
     load_tvm()
     frontend = importlib.import_module("tvm.relax.frontend.onnx.onnx_frontend")
+    from onnxslim.targets.import_ops import CONVERTERS
 
     class Importer(frontend.ONNXGraphImporter):  # type: ignore[misc, name-defined]
         """Says at which node it failed, which the stock one prints."""
 
         def _convert_operator(self, op_name: str, inputs: Any, attrs: dict[str, Any], opset: int) -> Any:
             try:
+                converter = CONVERTERS.get(op_name)
+                made = None if converter is None else converter(self.bb, list(inputs), attrs, opset)
+                if made is not None:
+                    return made
                 return super()._convert_operator(op_name, inputs, attrs, opset)
             except Exception as error:
                 raise _NodeError(op_name, str(attrs.get("tvm_custom", {}).get("name", "")), error) from error
