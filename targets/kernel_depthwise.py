@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -75,21 +76,27 @@ class _Depthwise:
         return [image, x] if self.one_dimensional else [image, y, x]
 
     def body(self) -> Stmt:
-        """Rows of images on all cores; in a row, blocks of channels; in these, runs of outputs."""
-        vertical, _ = self.windows
+        """Rows of images on all cores; in a row, runs of outputs and blocks of channels."""
+        vertical, horizontal = self.windows
         wide = self.vectors * self.lanes
         blocks = self.channels // wide
+        taps = vertical.kernel * horizontal.kernel
+        stays = 4 * self.channels * taps <= self.machine.l1_bytes // 2
 
-        def line(image: Expr, y: Expr) -> Stmt:
-            statements = (
-                [loop("block", blocks, lambda block: self._line(image, y, block * wide, wide))] if blocks else []
-            )
+        def channels(body: Callable[[Expr, int], Stmt]) -> Stmt:
+            statements = [loop("block", blocks, lambda block: body(block * wide, wide))] if blocks else []
             start = blocks * wide
             while start < self.channels:
                 width = min(self.lanes, self.channels - start)
-                statements.append(self._line(image, y, index(start), width))
+                statements.append(body(index(start), width))
                 start += width
             return seq(*statements)
+
+        def line(image: Expr, y: Expr) -> Stmt:
+            if stays:
+                # Filters stay in the cache, so pixels may be read in the order in which they lie in memory.
+                return self._line(lambda *tile, **edge: channels(lambda c, w: self._tile(image, y, *tile, c, w, **edge)))
+            return channels(lambda c, w: self._line(lambda *tile, **edge: self._tile(image, y, *tile, c, w, **edge)))
 
         return parallel([self.images, vertical.outputs], line, serial=self._is_small())
 
@@ -97,7 +104,8 @@ class _Depthwise:
         outputs = math.prod(known(size) or 64 for size in self.epilogue.product.output.shape)
         return outputs * math.prod(window.kernel for window in self.windows) < PARALLEL_WORK
 
-    def _line(self, image: Expr, y: Expr, channel: Expr, width: int) -> Stmt:
+    def _line(self, tile: Callable[..., Stmt]) -> Stmt:
+        """A row of outputs, cut into tiles: where each starts, how long it is, and how its edges are handled."""
         window = self.windows[1]
         outputs = known(window.outputs)
         start, stop = window.inside()
@@ -107,22 +115,16 @@ class _Depthwise:
             right = tirx.max(index(window.outputs) - behind, index(0))
             left = tirx.min(index(start), index(window.outputs))
             return seq(
-                loop("left", left, lambda x: self._tile(image, y, x, 1, channel, width, bounded=True))
-                if start
-                else None,
-                loop("tile", tiles, lambda t: self._tile(image, y, t * self.rows + start, self.rows, channel, width)),
-                loop("right", right, lambda x: self._tile(image, y, behind + x, 1, channel, width, bounded=True)),
+                loop("left", left, lambda x: tile(x, 1, bounded=True)) if start else None,
+                loop("tile", tiles, lambda number: tile(number * self.rows + start, self.rows)),
+                loop("right", right, lambda x: tile(behind + x, 1, bounded=True)),
             )
         statements, place = [], 0
         for size, inside, count in tiles_of(spread(outputs, self.rows), start, stop):
             if inside:
-
-                def tile(number: Expr, place: int = place, size: int = size) -> Stmt:
-                    return self._tile(image, y, index(place) + number * size, size, channel, width)
-
-                statements.append(loop("tile", count, tile))
+                statements.append(loop("tile", count, lambda n, p=place, s=size: tile(n * s + p, s)))  # type: ignore[misc]
             else:
-                statements.append(self._tile(image, y, index(place), size, channel, width, edge=place))
+                statements.append(tile(index(place), size, edge=place))
             place += size * count
         return seq(*statements)
 
