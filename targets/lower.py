@@ -146,15 +146,16 @@ def _pipeline(target: Any, machine: Machine | None, kernels: dict[str, KernelEnt
 
     step = relax.transform
     ours: dict[str, Any] = {}
-    layout, schedule = [], []
+    layout, schedule, math = [], [], []
     if machine is not None:
         from onnxslim.targets.layout import channels_last
         from onnxslim.targets.legalize import legalizations
-        from onnxslim.targets.schedule import schedule_kernels
+        from onnxslim.targets.schedule import schedule_kernels, write_out_math
 
         ours = legalizations(machine)
         layout = [channels_last(), step.CanonicalizeBindings(), step.FoldConstant()]
         schedule = [schedule_kernels(machine)]
+        math = [write_out_math()]
 
     @tvm.transform.module_pass(opt_level=0, name="onnxslim")  # type: ignore[untyped-decorator]
     def pipeline(module: Any, _context: Any) -> Any:
@@ -176,6 +177,7 @@ def _pipeline(target: Any, machine: Machine | None, kernels: dict[str, KernelEnt
             step.FuseTIR(),
             step.DeadCodeElimination(),
             describing(kernels, schedule),
+            *math,
             step.RewriteDataflowReshape(),
             step.ToNonDataflow(),
             step.RemovePurityChecking(),

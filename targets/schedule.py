@@ -12,8 +12,9 @@ from onnxslim.targets.kernel_contraction import write_contraction
 from onnxslim.targets.kernel_depthwise import write_depthwise
 from onnxslim.targets.kernel_product import write_product
 from onnxslim.targets.machine import Machine
+from onnxslim.targets.vector_math import vectorisable_math
 
-__all__ = ["schedule_kernels"]
+__all__ = ["schedule_kernels", "write_out_math"]
 
 _WRITERS = (write_product, write_depthwise, write_contraction)
 
@@ -27,6 +28,21 @@ def schedule_kernels(machine: Machine) -> Any:
             if isinstance(function, PrimFunc):
                 written = _write(function, machine)
                 if written is not None:
+                    module[name] = written
+        return module
+
+    return apply
+
+
+def write_out_math() -> Any:
+    """The module pass that makes exponentials and the like vectors, in loops of ours and of TVM."""
+
+    @tvm.transform.module_pass(opt_level=0, name="onnxslim_math")  # type: ignore[untyped-decorator]
+    def apply(module: Any, _context: Any) -> Any:
+        for name, function in module.functions_items():
+            if isinstance(function, PrimFunc):
+                written = vectorisable_math(function)
+                if not written.same_as(function):
                     module[name] = written
         return module
 
