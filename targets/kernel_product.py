@@ -209,6 +209,8 @@ class _Product:
         vertical, horizontal = self.windows
         if self.leading:
             return self._flat_body()
+        if known(vertical.outputs) == 1 and all(known(s) for s in (horizontal.size, horizontal.outputs)):
+            return self._single_row_body()
         block = self._rows_in_block()
         count = known(vertical.outputs)
         blocks: Size = (
@@ -257,6 +259,35 @@ class _Product:
 
             statements.append(parallel([tiles // block, self.panels], task, serial=self._is_small()))
             start += width * tiles
+        return seq(*statements)
+
+    def _single_row_body(self) -> Stmt:
+        """Images of one row, which may be long: runs of tiles that share their pixels, as in flat products."""
+        horizontal = self.windows[1]
+        start, stop = horizontal.inside()
+        statements, place = [], 0
+        for width, inside, count in tiles_of(spread(horizontal.outputs, self.rows), start, stop):
+            block = max(1, self._pixels_in_cache() // (width * horizontal.stride))
+            block = _balanced(count, block, self.panels * self.groups, self.machine.cores)
+
+            def task(
+                image: Expr,
+                part: Expr,
+                group: Expr,
+                panel: Expr,
+                run: tuple[int, int, int | None, int] = (place, width, None if inside else place, block),
+            ) -> Stmt:
+                first, size, edge, tiles = run
+
+                def tile(number: Expr) -> Stmt:
+                    x = (part * tiles + number) * size + first if edge is None else index(first)
+                    return self._tile(image, index(0), x, size, group, panel, edge=edge)
+
+                return loop("tile", tiles, tile)
+
+            sizes = [self.images, count // block, self.groups, self.panels]
+            statements.append(parallel(sizes, task, serial=self._is_small() or not inside))
+            place += width * count
         return seq(*statements)
 
     def _pixels_in_cache(self) -> int:

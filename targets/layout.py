@@ -8,6 +8,7 @@ A transposition that the model itself holds is often just the other order, and t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,6 +102,7 @@ class _Walk:
             **dict.fromkeys(_REDUCTIONS, self._reduce),
             **dict.fromkeys(_POOLS, self._pool),
             **dict.fromkeys(_CONVOLUTIONS, self._convolution),
+            **dict.fromkeys(_TRANSPOSED, self._transposed_convolution),
             **dict.fromkeys(_RESHAPES, self._reshape),
             "concat": self._concat,
             "split": self._split,
@@ -269,6 +271,63 @@ class _Walk:
                 kernel_layout=str(attributes.kernel_layout),
             ),
         )
+
+    def _transposed_convolution(self, variable: Any, call: Any) -> bool:
+        """Every output between two inputs belongs to a phase; each phase is a convolution, and all have one in common.
+
+        Its output channels are those of all phases, which are then laid out between each other.
+        """
+        attributes = call.attrs
+        data, weight = call.args[:2]
+        shape, out = _shape(data), _shape(call)
+        plain = _TRANSPOSED[_op_name(call)]
+        rank = len(plain) - 2
+        fits = (
+            str(attributes.data_layout) == plain
+            and isinstance(weight, GenericConst)
+            and str(data.ty.dtype) == "float32"
+            and int(attributes.groups) == 1
+            and all(int(value) == 1 for value in attributes.dilation)
+            and shape is not None
+            and out is not None
+            and all(isinstance(size, int) for size in (*shape[1:], *out[1:]))
+        )
+        if not fits or shape is None or out is None:
+            return False
+        strides, pads = ([int(value) for value in values] for values in (attributes.strides, attributes.padding))
+        values = weight.value.numpy().transpose([str(attributes.kernel_layout).index(axis) for axis in f"IO{plain[2:]}"])
+        phases = [_phases(*axis) for axis in zip(values.shape[2:], strides, pads, strict=False)]
+        counts = [-(-size // stride) for size, stride in zip(out[2:], strides, strict=True)]
+        before = [-low for low, _, _ in phases]
+        # What the convolution would make beyond the last output needs no padding and is cut off with it.
+        behind = [
+            max(0, count - size - pad + taps - 1)
+            for count, size, pad, (_, taps, _) in zip(counts, shape[2:], before, phases, strict=True)
+        ]
+        if min(before) < 0:
+            return False
+        made = [size + pad + after - taps + 1 for size, pad, after, (_, taps, _) in zip(shape[2:], before, behind, phases, strict=True)]
+        make = relax.op.nn.conv1d if rank == 1 else relax.op.nn.conv2d
+        value = self.builder.emit(
+            make(
+                self.get_last(data),
+                relax.const(_phase_weights(values, phases, strides)),
+                padding=[*before, *behind],
+                data_layout=f"N{plain[2:]}C",
+                kernel_layout=f"OI{plain[2:]}",
+            )
+        )
+        # [N, q..., phase..., C] -> [N, q, phase, ..., C]
+        value = self.builder.emit(relax.op.reshape(value, [out[0], *made, *strides, out[1]]))
+        if any(stride > 1 for stride in strides):
+            order = [0, *(axis for place in range(rank) for axis in (1 + place, 1 + rank + place)), 1 + 2 * rank]
+            value = self.builder.emit(relax.op.permute_dims(value, order))
+        whole = [count * stride for count, stride in zip(made, strides, strict=True)]
+        value = self.builder.emit(relax.op.reshape(value, [out[0], *whole, out[1]]))
+        if whole != out[2:]:
+            axes = list(range(1, 1 + rank))
+            value = relax.op.strided_slice(value, axes, [0] * rank, list(out[2:]))
+        return self._set(variable, value)
 
     def _pool(self, variable: Any, call: Any) -> bool:
         name, attributes, data = _op_name(call), call.attrs, call.args[0]
@@ -445,6 +504,39 @@ class _Walk:
                 self.last[data], moved, *call.args[2:], assume_inbound=bool(call.attrs.assume_inbound)
             ),
         )
+
+
+def _phases(taps: int, stride: int, pad: int) -> tuple[int, int, list[list[tuple[int, int]]]]:
+    """One axis of a transposed convolution as convolutions.
+
+    Output ``stride * q + phase`` gets input ``q + (phase + pad) // stride - t`` times the filter's tap
+    ``(phase + pad) % stride + stride * t``.
+
+    Returns:
+        The first input of a window relative to q, how many inputs it spans, and for each phase the pairs of (input in
+        the window, tap of the filter).
+    """
+    pairs = [
+        [((phase + pad) // stride - t, tap) for t, tap in enumerate(range((phase + pad) % stride, taps, stride))]
+        for phase in range(stride)
+    ]
+    reached = [place for phase in pairs for place, _ in phase] or [0]
+    low = min(reached)
+    return low, max(reached) - low + 1, [[(place - low, tap) for place, tap in phase] for phase in pairs]
+
+
+def _phase_weights(
+    values: np.ndarray, phases: list[tuple[int, int, list[list[tuple[int, int]]]]], strides: list[int]
+) -> np.ndarray:
+    """[inputs, outputs, taps...] -> [phases × outputs, inputs, window...]."""
+    inputs, outputs = values.shape[:2]
+    packed = np.zeros((*strides, outputs, inputs, *(taps for _, taps, _ in phases)), values.dtype)
+    for phase in np.ndindex(*strides):
+        pairs = [phases[axis][2][number] for axis, number in enumerate(phase)]
+        for chosen in itertools.product(*pairs):
+            window, taps = zip(*chosen, strict=True)
+            packed[(*phase, slice(None), slice(None), *window)] = values[(slice(None), slice(None), *taps)].T
+    return packed.reshape(-1, inputs, *packed.shape[len(strides) + 2 :])
 
 
 def _equal(left: Any, right: Any) -> bool:
