@@ -234,7 +234,12 @@ def _run_step(step: str, text: str) -> None:
     arguments = json.loads(text)
     if "threads" in arguments:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments["threads"]])
-    print(json.dumps(_STEPS[step](**arguments)))
+    from onnxslim.errors import SlimError
+
+    try:
+        print(json.dumps(_STEPS[step](**arguments)))
+    except SlimError as error:
+        sys.exit(str(error))
 
 
 # ------------------------------------------------------------------------------------------------------ measure, print
