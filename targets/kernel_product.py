@@ -184,6 +184,10 @@ class _Product:
             if len(self.windows) == 1:
                 self.windows.insert(0, Window(1, 1, 1, 1, 1, 0))
         self.one_dimensional = not self.leading and len(shape) == 3
+        # An image of one column is a row.
+        self.is_column = not self.leading and not self.one_dimensional and self.windows[1] == Window(1, 1, 1, 1, 1, 0)
+        if self.is_column:
+            self.windows.reverse()
 
     def _is_flat(self, note: dict[str, Any]) -> bool:
         once = all(value == 1 for name in ("kernel", "strides") for value in note[name])
@@ -194,7 +198,7 @@ class _Product:
     def place(self, image: Expr, y: Expr, x: Expr) -> list[Expr]:
         """The indices of a pixel, in a tensor of the shape of the output or the input."""
         if not self.leading:
-            return [image, x] if self.one_dimensional else [image, y, x]
+            return [image, x] if self.one_dimensional else [image, x, y] if self.is_column else [image, y, x]
         places: list[Expr] = []
         rest = x
         for size in reversed(self.leading[1:]):

@@ -109,7 +109,7 @@ def _convolution(builder: Any, call: Any, machine: Machine) -> Any:
     )
     columns = values.shape[0] // groups
     flat = groups == 1 and all(value == 1 for value in (*window, *strides)) and not any(pads)
-    rows = _flat_size(shape[:-1]) if flat else shape[-2]
+    rows = _flat_size(shape[:-1]) if flat else shape[-2] if shape[-2] != 1 else shape[1]
     tile = best_tile(rows if isinstance(rows, int) else None, columns, machine.lanes(), machine)
     packed = _pack(values.reshape(groups, columns, -1, values.shape[-1]), tile.vectors * machine.lanes())
     note = _note(
