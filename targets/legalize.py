@@ -17,6 +17,7 @@ from tvm import relax, te, tirx
 from tvm.ir import Call, GenericConst, GlobalVar
 from tvm_ffi import structural_equal as equal
 
+from onnxslim.targets import kernel_winograd as winograd
 from onnxslim.targets.emit import known
 from onnxslim.targets.kernel_product import NOTE
 from onnxslim.targets.machine import Machine
@@ -107,6 +108,13 @@ def _convolution(builder: Any, call: Any, machine: Machine) -> Any:
     strides, dilations, pads = (
         _per_axis(value, len(spatial)) for value in (attributes.strides, attributes.dilation, attributes.padding)
     )
+    if (
+        window == [3, 3]
+        and all(value == 1 for value in (*strides, *dilations, groups))
+        and all(isinstance(size, int) for size in (*source, *shape))
+        and winograd.pays(shape[0], shape[1], shape[2], source[-1], shape[-1])
+    ):
+        return _winograd(builder, call, values, shape, pads, machine)
     columns = values.shape[0] // groups
     flat = groups == 1 and all(value == 1 for value in (*window, *strides)) and not any(pads)
     rows = _flat_size(shape[:-1]) if flat else shape[-2] if shape[-2] != 1 else shape[1]
@@ -161,6 +169,36 @@ def _window_sum(
         return te.sum(value * weight, axis=[*taps, depth])
 
     return te.compute(tuple(shape), element, name="convolution", attrs=note)
+
+
+def _winograd(builder: Any, call: Any, values: np.ndarray, shape: list[int], pads: list[int], machine: Machine) -> Any:
+    tiles = shape[0] * math.ceil(shape[1] / winograd.TILE) * math.ceil(shape[2] / winograd.TILE)
+    tile = best_tile(tiles, shape[-1], machine.lanes(), machine)
+    panel = tile.vectors * machine.lanes()
+    note = _note("winograd", tile, machine, pads=pads)
+
+    def compute(x: Any, w: Any) -> Any:
+        row, column, depth = (
+            te.reduce_axis((0, size), name) for size, name in ((3, "row"), (3, "column"), (int(x.shape[-1]), "depth"))
+        )
+
+        def element(image: Any, y: Any, z: Any, channel: Any) -> Any:
+            at = (y + row.var - pads[0], z + column.var - pads[1])
+            inside = [c for where, size in zip(at, x.shape[1:3], strict=True) for c in (where >= 0, where < size)]
+            value = tirx.if_then_else(tirx.all(*inside), x(image, *at, depth.var), tirx.const(0.0, "float32"))
+            tap = winograd.untransformed(
+                lambda point: w(tirx.floordiv(channel, panel), point, depth.var, tirx.floormod(channel, panel)),
+                row.var,
+                column.var,
+            )
+            return te.sum(value * tap, axis=[row, column, depth])
+
+        return te.compute(tuple(shape), element, name="winograd", attrs=note)
+
+    packed = winograd.transform_filters(values, panel)
+    return builder.call_te(
+        compute, call.args[0], relax.const(packed), primfunc_name_hint="winograd", primfunc_attrs=_FUSABLE
+    )
 
 
 def _depthwise(builder: Any, call: Any, values: np.ndarray, spatial: str) -> Any:
