@@ -53,8 +53,8 @@ _FILTERS = np.array(
 )
 _OUTPUTS = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], np.float64)
 
-# Transformed filters of one layer may take this many bytes: 128 inputs by 128 outputs.
-_MOST_BYTES = 5 << 19
+# Transformed filters of one layer may take this many bytes: 256 inputs by 256 outputs.
+_MOST_BYTES = 10 << 20
 # Cycles that the transforms cost for each tile and channel, before and behind the products.
 _BEFORE, _BEHIND = 16, 14
 
