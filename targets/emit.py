@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import tvm_ffi
 from tvm import tirx
-from tvm.ir import TensorLoad
+from tvm.ir import IRModule, TensorLoad
 from tvm.tirx import AllocBuffer, BufferStore, For, ForKind, IntImm, PrimFunc, SeqStmt, Var, decl_buffer
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "store",
     "substitute",
     "vector",
+    "with_unique_names",
 ]
 
 Expr: TypeAlias = Any
@@ -114,6 +115,11 @@ def load_of(buffer: Any, *place: Size) -> Expr:
 def function(parameters: Sequence[Any], body: Stmt) -> PrimFunc:
     """A function over buffers that do not overlap."""
     return PrimFunc(list(parameters), body).with_attr("tirx.noalias", True)
+
+
+def with_unique_names(function: PrimFunc) -> PrimFunc:
+    """The same function; a variable that several places declare, since they share an expression, is one for each."""
+    return tirx.transform.ConvertSSA()(IRModule({"main": function}))["main"]
 
 
 def substitute(

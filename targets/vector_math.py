@@ -16,7 +16,7 @@ from tvm import tirx
 from tvm.ir import Call
 from tvm.tirx import FloatImm, IntImm, Let, PrimFunc, Select, Var
 
-from onnxslim.targets.emit import Expr
+from onnxslim.targets.emit import Expr, with_unique_names
 
 __all__ = ["vectorisable_math"]
 
@@ -59,7 +59,10 @@ def vectorisable_math(function: PrimFunc) -> PrimFunc:
         return each if written is None else written
 
     body = tvm_ffi.structural_map(function.body, [(Call, call)])
-    return function if body.same_as(function.body) else function.with_body(body)
+    if body.same_as(function.body):
+        return function
+    # An expression that stands in two places has been written out once.
+    return with_unique_names(function.with_body(body))
 
 
 def _float(value: float) -> Expr:
