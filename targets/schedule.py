@@ -10,6 +10,7 @@ from tvm.tirx import PrimFunc
 from onnxslim.targets.fused import read_kernel
 from onnxslim.targets.kernel_contraction import write_contraction
 from onnxslim.targets.kernel_depthwise import write_depthwise
+from onnxslim.targets.kernel_pointwise import write_pointwise
 from onnxslim.targets.kernel_product import write_product
 from onnxslim.targets.kernel_winograd import write_winograd
 from onnxslim.targets.machine import Machine
@@ -17,7 +18,7 @@ from onnxslim.targets.vector_math import vectorisable_math
 
 __all__ = ["schedule_kernels", "write_out_math"]
 
-_WRITERS = (write_product, write_winograd, write_depthwise, write_contraction)
+_WRITERS = (write_product, write_winograd, write_depthwise, write_contraction, write_pointwise)
 
 
 def schedule_kernels(machine: Machine) -> Any:
