@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import tvm_ffi
 from tvm.ir import TensorLoad
 from tvm.s_tir import SBlock, SBlockRealize
 from tvm.tirx import BufferStore, For, IterVar, PrimFunc, SeqStmt
 
-import tvm_ffi
-
 from onnxslim.targets.emit import Expr, known, substitute
 
-__all__ = ["Axis", "FusedKernel", "Step", "loads", "read_kernel", "reads", "sources"]
+__all__ = ["Axis", "FusedKernel", "Step", "load_nodes", "loads", "read_kernel", "reads", "sources"]
 
 
 @dataclass(frozen=True)
@@ -183,13 +182,13 @@ def sources(step: Step) -> list[Any]:
     return found
 
 
+def load_nodes(value: Expr) -> list[TensorLoad]:
+    """Every load in an expression."""
+    found: list[TensorLoad] = []
+    tvm_ffi.structural_walk(value, [(TensorLoad, lambda load: found.append(load))])
+    return found
+
+
 def loads(value: Expr, of: Callable[[Any], bool]) -> list[list[Expr]]:
     """The indices of every load from a buffer of which ``of`` is true."""
-    found: list[list[Expr]] = []
-
-    def note(load: TensorLoad) -> None:
-        if of(load.source):
-            found.append(list(load.indices))
-
-    tvm_ffi.structural_walk(value, [(TensorLoad, note)])
-    return found
+    return [list(load.indices) for load in load_nodes(value) if of(load.source)]

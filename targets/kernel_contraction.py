@@ -16,7 +16,22 @@ from tvm import tirx
 from tvm.ir import TensorLoad
 from tvm.tirx import Add, AllocBuffer, FloatImm, Mul, PrimFunc, decl_buffer
 
-from onnxslim.targets.emit import Expr, Size, Stmt, function, index, known, load_of, local, loop, parallel, seq, store, substitute, vector
+from onnxslim.targets.emit import (
+    Expr,
+    Size,
+    Stmt,
+    function,
+    index,
+    known,
+    load_of,
+    local,
+    loop,
+    parallel,
+    seq,
+    store,
+    substitute,
+    vector,
+)
 from onnxslim.targets.fused import Axis, FusedKernel, Step
 from onnxslim.targets.kernel_product import Epilogue
 from onnxslim.targets.machine import PARALLEL_WORK, Machine
@@ -91,9 +106,7 @@ class _Contraction:
         self.packs = False
 
     @classmethod
-    def of(
-        cls, epilogue: Epilogue, left: TensorLoad, right: TensorLoad, machine: Machine
-    ) -> _Contraction | None:
+    def of(cls, epilogue: Epilogue, left: TensorLoad, right: TensorLoad, machine: Machine) -> _Contraction | None:
         step = epilogue.product
         if not step.spatial or not isinstance(step.spatial[-1].extent, int):
             return None
@@ -146,9 +159,7 @@ class _Contraction:
         last = self._columns(names, index(self.panels - 1), tail, block, blocks)
         if self.panels == 1:
             return last
-        return tirx.IfThenElse(
-            panel < self.panels - 1, self._columns(names, panel, self.panel, block, blocks), last
-        )
+        return tirx.IfThenElse(panel < self.panels - 1, self._columns(names, panel, self.panel, block, blocks), last)
 
     def _columns(self, names: dict[Any, Expr], panel: Expr, width: int, block: Expr, blocks: int) -> Stmt:
         start = panel * self.panel
@@ -166,9 +177,7 @@ class _Contraction:
 
         def row(at: Expr) -> Stmt:
             def number(lane: Expr) -> Stmt:
-                value = substitute(
-                    self.right, {**names, self.column.variable: start + lane, depth.variable: at}
-                )
+                value = substitute(self.right, {**names, self.column.variable: start + lane, depth.variable: at})
                 return store(copied, value, at * width + lane)
 
             whole = width // self.lanes * self.lanes

@@ -47,7 +47,7 @@ def write_depthwise(kernel: FusedKernel, machine: Machine) -> PrimFunc | None:
     found = sources(step)
     if not epilogue.can_be_written or len(found) != 2 or not all(kernel.is_parameter(each) for each in found):
         return None
-    return function(kernel.parameters, _Depthwise(epilogue, *found, note, machine).body())
+    return function(kernel.parameters, _Depthwise(epilogue, found[0], found[1], note, machine).body())
 
 
 class _Depthwise:
@@ -55,8 +55,8 @@ class _Depthwise:
 
     def __init__(self, epilogue: Epilogue, data: Any, weight: Any, note: dict[str, Any], machine: Machine) -> None:
         self.epilogue, self.data, self.weight, self.machine = epilogue, data, weight, machine
-        shape = [size if known(size) is None else known(size) for size in epilogue.product.output.shape]
-        source = [size if known(size) is None else known(size) for size in data.shape]
+        shape: list[Any] = [size if known(size) is None else known(size) for size in epilogue.product.output.shape]
+        source: list[Any] = [size if known(size) is None else known(size) for size in data.shape]
         axes = zip(
             source[1:-1], shape[1:-1], note["kernel"], note["strides"], note["dilations"], note["pads"], strict=False
         )
@@ -95,8 +95,10 @@ class _Depthwise:
         def line(image: Expr, y: Expr) -> Stmt:
             if stays:
                 # Filters stay in the cache, so pixels may be read in the order in which they lie in memory.
-                return self._line(lambda *tile, **edge: channels(lambda c, w: self._tile(image, y, *tile, c, w, **edge)))
-            return channels(lambda c, w: self._line(lambda *tile, **edge: self._tile(image, y, *tile, c, w, **edge)))
+                return self._line(
+                    lambda *tile, **edge: channels(lambda c, w: self._tile(image, y, tile[0], tile[1], c, w, **edge))
+                )
+            return channels(lambda c, w: self._line(lambda *tile, **edge: self._tile(image, y, tile[0], tile[1], c, w, **edge)))
 
         return parallel([self.images, vertical.outputs], line, serial=self._is_small())
 

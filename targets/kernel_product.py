@@ -76,7 +76,7 @@ class Window:
         size, outputs = known(self.size), known(self.outputs)
         if self.before or size is None or outputs is None:
             return bool(self.before) or self.kernel > 1
-        return (outputs - 1) * self.stride + (self.kernel - 1) * self.dilation >= size
+        return bool((outputs - 1) * self.stride + (self.kernel - 1) * self.dilation >= size)
 
     def inside(self) -> tuple[int, Size]:
         """The outputs whose windows lie inside: first, and one behind the last."""
@@ -89,7 +89,7 @@ class Window:
 
     def contains(self, output: int, tap: int) -> bool:
         """Whether a tap of an output lies inside; sizes must be known."""
-        return 0 <= output * self.stride + tap * self.dilation - self.before < self.size
+        return bool(0 <= output * self.stride + tap * self.dilation - self.before < self.size)
 
 
 def _ceil(value: Expr, by: int) -> Expr:
@@ -147,7 +147,7 @@ def write_product(kernel: FusedKernel, machine: Machine) -> PrimFunc | None:
     found = sources(product)
     if not epilogue.can_be_written or len(found) != 2 or not all(kernel.is_parameter(each) for each in found):
         return None
-    return function(kernel.parameters, _Product(epilogue, *found, note, machine).body())
+    return function(kernel.parameters, _Product(epilogue, found[0], found[1], note, machine).body())
 
 
 class _Product:
@@ -161,8 +161,8 @@ class _Product:
         self.panel = int(note["panel"])
         self.rows = int(note["rows"])
         self.groups = int(note.get("groups", 1))
-        shape = [known(size) if known(size) is not None else size for size in epilogue.product.output.shape]
-        source = [known(size) if known(size) is not None else size for size in data.shape]
+        shape: list[Any] = [known(size) if known(size) is not None else size for size in epilogue.product.output.shape]
+        source: list[Any] = [known(size) if known(size) is not None else size for size in data.shape]
         self.columns = int(shape[-1]) // self.groups
         self.depth = int(source[-1]) // self.groups
         self.panels = math.ceil(self.columns / self.panel)

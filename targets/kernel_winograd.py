@@ -18,7 +18,7 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx import AllocBuffer, FloatImm, IfThenElse, PrimFunc, decl_buffer
 
-from onnxslim.targets.emit import Expr, Stmt, function, index, known, load_of, local, loop, parallel, seq, store, vector
+from onnxslim.targets.emit import Expr, Stmt, function, index, load_of, local, loop, parallel, seq, store, vector
 from onnxslim.targets.fused import FusedKernel, sources
 from onnxslim.targets.kernel_product import NOTE, Epilogue
 from onnxslim.targets.machine import Machine
@@ -131,7 +131,7 @@ def write_winograd(kernel: FusedKernel, machine: Machine) -> PrimFunc | None:
     found = sources(step)
     if not epilogue.can_be_written or len(found) != 2 or not all(kernel.is_parameter(each) for each in found):
         return None
-    return function(kernel.parameters, _Winograd(epilogue, *found, note, machine).body())
+    return function(kernel.parameters, _Winograd(epilogue, found[0], found[1], note, machine).body())
 
 
 class _Winograd:

@@ -23,21 +23,19 @@ __all__ = ["channels_last"]
 
 # Element by element on the first argument; further arguments are numbers or dtypes.
 _UNARY = frozenset(
-    "abs acos asin atan astype ceil clip cos erf exp floor isfinite isinf isnan log logical_not negative nn.gelu "
-    "nn.gelu_tanh nn.leakyrelu nn.relu nn.selu nn.silu nn.softplus rsqrt round sigmoid sign sin sqrt square tan tanh trunc".split()
+    ["abs", "acos", "asin", "atan", "astype", "ceil", "clip", "cos", "erf", "exp", "floor", "isfinite", "isinf", "isnan", "log", "logical_not", "negative", "nn.gelu", "nn.gelu_tanh", "nn.leakyrelu", "nn.relu", "nn.selu", "nn.silu", "nn.softplus", "rsqrt", "round", "sigmoid", "sign", "sin", "sqrt", "square", "tan", "tanh", "trunc"]
 )
 # Element by element on all arguments, which are broadcast.
 _BROADCAST = frozenset(
-    "add subtract multiply divide maximum minimum power where equal not_equal less less_equal greater greater_equal "
-    "logical_and logical_or logical_xor floor_divide mod floor_mod".split()
+    ["add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "where", "equal", "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and", "logical_or", "logical_xor", "floor_divide", "mod", "floor_mod"]
 )
-_REDUCTIONS = frozenset("mean sum max min prod".split())
+_REDUCTIONS = frozenset(["mean", "sum", "max", "min", "prod"])
 _POOLS = frozenset(
-    "nn.max_pool1d nn.avg_pool1d nn.max_pool2d nn.avg_pool2d nn.adaptive_avg_pool1d nn.adaptive_avg_pool2d".split()
+    ["nn.max_pool1d", "nn.avg_pool1d", "nn.max_pool2d", "nn.avg_pool2d", "nn.adaptive_avg_pool1d", "nn.adaptive_avg_pool2d"]
 )
 _CONVOLUTIONS = {"nn.conv1d": "NCW", "nn.conv2d": "NCHW"}
 _TRANSPOSED = {"nn.conv1d_transpose": "NCW", "nn.conv2d_transpose": "NCHW"}
-_RESHAPES = frozenset("reshape squeeze expand_dims flatten".split())
+_RESHAPES = frozenset(["reshape", "squeeze", "expand_dims", "flatten"])
 
 
 def channels_last() -> Any:
@@ -295,7 +293,9 @@ class _Walk:
         if not fits or shape is None or out is None:
             return False
         strides, pads = ([int(value) for value in values] for values in (attributes.strides, attributes.padding))
-        values = weight.value.numpy().transpose([str(attributes.kernel_layout).index(axis) for axis in f"IO{plain[2:]}"])
+        values = weight.value.numpy().transpose(
+            [str(attributes.kernel_layout).index(axis) for axis in f"IO{plain[2:]}"]
+        )
         phases = [_phases(*axis) for axis in zip(values.shape[2:], strides, pads, strict=False)]
         counts = [-(-size // stride) for size, stride in zip(out[2:], strides, strict=True)]
         before = [-low for low, _, _ in phases]
@@ -306,7 +306,10 @@ class _Walk:
         ]
         if min(before) < 0:
             return False
-        made = [size + pad + after - taps + 1 for size, pad, after, (_, taps, _) in zip(shape[2:], before, behind, phases, strict=True)]
+        made = [
+            size + pad + after - taps + 1
+            for size, pad, after, (_, taps, _) in zip(shape[2:], before, behind, phases, strict=True)
+        ]
         make = relax.op.nn.conv1d if rank == 1 else relax.op.nn.conv2d
         value = self.builder.emit(
             make(

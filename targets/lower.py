@@ -176,9 +176,10 @@ def _pipeline(target: Any, machine: Machine | None, kernels: dict[str, KernelEnt
             step.FuseOps(),
             step.FuseTIR(),
             step.DeadCodeElimination(),
+            # Reads the loops that TVM made, so it comes before ours.
+            step.RewriteDataflowReshape(),
             describing(kernels, schedule),
             *math,
-            step.RewriteDataflowReshape(),
             step.ToNonDataflow(),
             step.RemovePurityChecking(),
             step.CallTIRRewrite(),

@@ -12,13 +12,14 @@ from onnxslim.targets.kernel_contraction import write_contraction
 from onnxslim.targets.kernel_depthwise import write_depthwise
 from onnxslim.targets.kernel_pointwise import write_pointwise
 from onnxslim.targets.kernel_product import write_product
+from onnxslim.targets.kernel_reduction import write_reduction
 from onnxslim.targets.kernel_winograd import write_winograd
 from onnxslim.targets.machine import Machine
 from onnxslim.targets.vector_math import vectorisable_math
 
 __all__ = ["schedule_kernels", "write_out_math"]
 
-_WRITERS = (write_product, write_winograd, write_depthwise, write_contraction, write_pointwise)
+_WRITERS = (write_product, write_winograd, write_depthwise, write_contraction, write_reduction, write_pointwise)
 
 
 def schedule_kernels(machine: Machine) -> Any:

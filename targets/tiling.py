@@ -9,7 +9,7 @@ from onnxslim.targets.machine import Machine
 
 __all__ = ["Tile", "best_tile", "spread"]
 
-# Cores of today start two vector multiply-adds and two loads per cycle; a sum takes four cycles until it can be added to.
+# Cores of today start two vector multiply-adds and two loads per cycle; a sum can be added to after four.
 _PER_CYCLE = 2
 _LATENCY = 4
 _WIDEST = 8
@@ -49,7 +49,7 @@ def best_tile(rows: int | None, columns: int, lanes: int, machine: Machine) -> T
 
 
 def spread(size: int, most: int) -> list[int]:
-    """``size`` as parts of at most ``most`` that differ by one at most: a last tile of one row costs as much as four."""
+    """``size`` as parts of at most ``most`` that differ by one at most: a tile of one row costs as much as four."""
     parts = math.ceil(size / most)
     return [size // parts + (part < size % parts) for part in range(parts)]
 
