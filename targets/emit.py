@@ -67,7 +67,7 @@ def vector(lanes: int, body: Callable[[Expr], Stmt]) -> Stmt:
 
 
 def parallel(sizes: Sequence[Size], body: Callable[..., Stmt], *, serial: bool = False) -> Stmt:
-    """All of a grid, its points handed out to the threads in order; ``serial`` where that would cost more than it saves."""
+    """All of a grid, its points handed out to the threads; ``serial`` where that costs more than it saves."""
     total: Size = 1
     for size in sizes:
         total = size if known(total) == 1 else total if known(size) == 1 else index(total) * index(size)

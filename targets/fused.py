@@ -1,4 +1,4 @@
-"""A kernel as TVM's fusion leaves it: steps that each fill one buffer, read into a form that kernels are written from."""
+"""A kernel as TVM leaves it after fusion: steps that each fill one buffer, in a form to write kernels from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Step:
-    """``output[indices] = value`` for all axes; where axes are reduced, ``value`` reads the output that ``start`` fills.
+    """``output[indices] = value`` for all axes; where axes are reduced, ``value`` reads what ``start`` fills.
 
     Attributes:
         name: TVM's name of the block.

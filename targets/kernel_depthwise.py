@@ -98,7 +98,9 @@ class _Depthwise:
                 return self._line(
                     lambda *tile, **edge: channels(lambda c, w: self._tile(image, y, tile[0], tile[1], c, w, **edge))
                 )
-            return channels(lambda c, w: self._line(lambda *tile, **edge: self._tile(image, y, tile[0], tile[1], c, w, **edge)))
+            return channels(
+                lambda c, w: self._line(lambda *tile, **edge: self._tile(image, y, tile[0], tile[1], c, w, **edge))
+            )
 
         return parallel([self.images, vertical.outputs], line, serial=self._is_small())
 

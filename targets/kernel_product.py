@@ -68,7 +68,8 @@ class Window:
 
     def last(self, place: Expr) -> Expr:
         """One behind the last tap that lies inside."""
-        return tirx.min(index(self.kernel), _ceil(index(self.size) + self.before - place * self.stride, self.dilation))
+        reach = index(self.size) + self.before - place * self.stride
+        return tirx.min(index(self.kernel), _ceil(reach, self.dilation))
 
     @property
     def overhangs(self) -> bool:
@@ -106,7 +107,7 @@ class Epilogue:
 
     @property
     def can_be_written(self) -> bool:
-        """Whether all that follows is element by element: TVM also fuses what spreads the product over more elements."""
+        """Whether all that follows is element by element; TVM also fuses what spreads a product over more."""
         equal = tvm_ffi.structural_equal
         axes = [axis.variable for axis in self.product.spatial]
 
@@ -178,7 +179,15 @@ class _Product:
             self.leading = []
             self.images = shape[0]
             axes = list(
-                zip(source[1:-1], shape[1:-1], note["kernel"], note["strides"], note["dilations"], note["pads"])
+                zip(
+                    source[1:-1],
+                    shape[1:-1],
+                    note["kernel"],
+                    note["strides"],
+                    note["dilations"],
+                    note["pads"],
+                    strict=False,
+                )
             )
             self.windows = [Window(*axis) for axis in axes]
             if len(self.windows) == 1:
@@ -505,7 +514,7 @@ class _Product:
 
 
 def tiles_of(widths: Sequence[int], start: int, stop: int) -> list[tuple[int, bool, int]]:
-    """Runs of equal tiles as (width, whether they lie between start and stop, how many); those that do not, one by one."""
+    """Runs of equal tiles as (width, whether between start and stop, how many); those that are not, one by one."""
     runs: list[tuple[int, bool, int]] = []
     place = 0
     for width in widths:

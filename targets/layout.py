@@ -23,15 +23,78 @@ __all__ = ["channels_last"]
 
 # Element by element on the first argument; further arguments are numbers or dtypes.
 _UNARY = frozenset(
-    ["abs", "acos", "asin", "atan", "astype", "ceil", "clip", "cos", "erf", "exp", "floor", "isfinite", "isinf", "isnan", "log", "logical_not", "negative", "nn.gelu", "nn.gelu_tanh", "nn.leakyrelu", "nn.relu", "nn.selu", "nn.silu", "nn.softplus", "rsqrt", "round", "sigmoid", "sign", "sin", "sqrt", "square", "tan", "tanh", "trunc"]
+    [
+        "abs",
+        "acos",
+        "asin",
+        "atan",
+        "astype",
+        "ceil",
+        "clip",
+        "cos",
+        "erf",
+        "exp",
+        "floor",
+        "isfinite",
+        "isinf",
+        "isnan",
+        "log",
+        "logical_not",
+        "negative",
+        "nn.gelu",
+        "nn.gelu_tanh",
+        "nn.leakyrelu",
+        "nn.relu",
+        "nn.selu",
+        "nn.silu",
+        "nn.softplus",
+        "rsqrt",
+        "round",
+        "sigmoid",
+        "sign",
+        "sin",
+        "sqrt",
+        "square",
+        "tan",
+        "tanh",
+        "trunc",
+    ]
 )
 # Element by element on all arguments, which are broadcast.
 _BROADCAST = frozenset(
-    ["add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "where", "equal", "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and", "logical_or", "logical_xor", "floor_divide", "mod", "floor_mod"]
+    [
+        "add",
+        "subtract",
+        "multiply",
+        "divide",
+        "maximum",
+        "minimum",
+        "power",
+        "where",
+        "equal",
+        "not_equal",
+        "less",
+        "less_equal",
+        "greater",
+        "greater_equal",
+        "logical_and",
+        "logical_or",
+        "logical_xor",
+        "floor_divide",
+        "mod",
+        "floor_mod",
+    ]
 )
 _REDUCTIONS = frozenset(["mean", "sum", "max", "min", "prod"])
 _POOLS = frozenset(
-    ["nn.max_pool1d", "nn.avg_pool1d", "nn.max_pool2d", "nn.avg_pool2d", "nn.adaptive_avg_pool1d", "nn.adaptive_avg_pool2d"]
+    [
+        "nn.max_pool1d",
+        "nn.avg_pool1d",
+        "nn.max_pool2d",
+        "nn.avg_pool2d",
+        "nn.adaptive_avg_pool1d",
+        "nn.adaptive_avg_pool2d",
+    ]
 )
 _CONVOLUTIONS = {"nn.conv1d": "NCW", "nn.conv2d": "NCHW"}
 _TRANSPOSED = {"nn.conv1d_transpose": "NCW", "nn.conv2d_transpose": "NCHW"}
