@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
-from tvm.tirx import Add, AllocBuffer, Max, Min, Mul, PrimFunc, decl_buffer
+from tvm.tirx import Add, Max, Min, Mul, PrimFunc
 
 from onnxslim.targets.emit import (
     Expr,
@@ -147,9 +147,7 @@ class _Rows:
         declared = None
         if not is_output:
             size = self._size(step)
-            scope = "local" if size <= 4 * self.lanes else ""
-            buffer = decl_buffer((index(size),), str(step.output.dtype), name="row", scope=scope)
-            declared = AllocBuffer(buffer)
+            buffer, declared = local(size, str(step.output.dtype), name="row")
             self.held.append((step.output, buffer, step))
         written = self._pointwise(step, place) if step.start is None else self._reduce(step, place)
         return seq(declared, written)
