@@ -96,7 +96,7 @@ def seq(*statements: Stmt | None) -> Stmt:
     return kept[0] if len(kept) == 1 else SeqStmt(kept) if kept else tirx.Evaluate(IntImm("int32", 0))
 
 
-def local(count: int, dtype: str = "float32", name: str = "sums") -> tuple[Any, Stmt]:
+def local(count: Size, dtype: str = "float32", name: str = "sums") -> tuple[Any, Stmt]:
     """A few numbers that are meant to live in registers, and the statement that declares them."""
     # Any other scope, "local" too, TVM takes from the heap, with a call for each tile.
     buffer = decl_buffer((index(count),), dtype, name=name, scope="global")

@@ -9,15 +9,18 @@ other, every lane of a vector is a result of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import tvm_ffi
 from tvm import tirx
 from tvm.tirx import Add, Max, Min, Mul, PrimFunc
 
 from onnxslim.targets.emit import (
     Expr,
+    Size,
     Stmt,
+    cut,
     function,
     index,
     known,
@@ -37,8 +40,10 @@ __all__ = ["write_reduction"]
 
 # Vectors of partial results that hide the time until a sum can be added to again.
 _PARTIAL = 4
-# Rows of fewer vectors than this are left alone.
-_SHORT = 8
+# Vectors of results that are reduced at the same time, so that what is read is longer than a line of the cache.
+_TOGETHER = 8
+# What a size that is not known is taken for where work is estimated.
+_TYPICAL = 64
 _COMBINE: dict[Any, Callable[[Expr, Expr], Expr]] = {
     Add: lambda a, b: a + b,
     Mul: lambda a, b: a * b,
@@ -52,14 +57,24 @@ def write_reduction(kernel: FusedKernel, machine: Machine) -> PrimFunc | None:
     reductions = [step for step in kernel.steps if step.start is not None]
     if not reductions or not all(step.is_pointwise or _is_reduction(step) for step in kernel.steps):
         return None
-    for step in kernel.steps:
-        if any(known(axis.extent) in (None, 0) for axis in step.axes[1:]):
-            return None
+    if any(axis.extent == 0 for step in kernel.steps for axis in step.axes if isinstance(axis.extent, int)):
+        return None
     rows = _Rows(kernel, machine, reductions)
-    if rows.along and any(int(step.reduced[-1].extent) < _SHORT * machine.lanes() for step in reductions):
-        # So few numbers are folded in no time, and TVM's plain loops are as good.
+    if rows.along and any(_typical(step.reduced[-1].extent) < machine.lanes() for step in reductions):
+        # Less than a vector is folded in no time, and TVM's plain loops are as good.
         return None
     return function(kernel.parameters, rows.body()) if rows.fits() else None
+
+
+def _typical(extent: Size) -> int:
+    return extent if isinstance(extent, int) else _TYPICAL
+
+
+def _product(sizes: Iterable[Size]) -> Size:
+    total: Size = 1
+    for size in sizes:
+        total = total * size if isinstance(total, int) and isinstance(size, int) else index(total) * index(size)
+    return total
 
 
 def _is_reduction(step: Step) -> bool:
@@ -73,6 +88,50 @@ def _is_reduction(step: Step) -> bool:
     )
     first = step.value.a
     return named and getattr(first, "source", None) is not None and first.source.same_as(step.output)
+
+
+def _tree(numbers: list[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """All numbers combined, in pairs."""
+    while len(numbers) > 1:
+        pairs = [combine(a, b) for a, b in zip(numbers[::2], numbers[1::2], strict=False)]
+        numbers = pairs + numbers[len(pairs) * 2 :]
+    return numbers[0]
+
+
+class _Partial:
+    """Partial results of a reduction, in registers."""
+
+    def __init__(self, step: Step, count: int, lanes: int, name: str = "sums") -> None:
+        self.combine = _COMBINE[type(step.value)]
+        self.start, self.count, self.lanes = step.start, count, lanes
+        self.buffer, self.declared = local(max(count, 1), str(step.output.dtype), name)
+
+    def cleared(self) -> Stmt | None:
+        """Declared, and set to what the reduction starts from."""
+        if not self.count:
+            return None
+        return seq(self.declared, vector(self.count, lambda lane: store(self.buffer, self.start, lane)))
+
+    def add(self, value: Callable[[Expr], Expr], first: int, lanes: int) -> Stmt:
+        """``value(lane)`` combined with the results from ``first`` on."""
+
+        def number(lane: Expr) -> Stmt:
+            return store(self.buffer, self.combine(load_of(self.buffer, lane + first), value(lane)), lane + first)
+
+        return vector(lanes, number)
+
+    def folded(self) -> Stmt:
+        """All vectors combined into the first."""
+        return seq(
+            *(
+                self.add(lambda lane, f=first: load_of(self.buffer, lane + f), 0, self.lanes)  # type: ignore[misc]
+                for first in range(self.lanes, self.count, self.lanes)
+            )
+        )
+
+    def numbers(self) -> list[Expr]:
+        """What is left to combine once vectors are folded."""
+        return [load_of(self.buffer, lane) for lane in range(min(self.count, self.lanes))]
 
 
 class _Rows:
@@ -98,8 +157,8 @@ class _Rows:
         """How many outer axes mean the same in all steps."""
         least = min(len(step.spatial) for step in self.kernel.steps)
         for position in range(least):
-            extents = [step.spatial[position].extent for step in self.kernel.steps]
-            same = all(extent is extents[0] or (isinstance(extent, int) and extent == extents[0]) for extent in extents)
+            first, *others = (step.spatial[position].extent for step in self.kernel.steps)
+            same = all(tvm_ffi.structural_equal(index(first), index(each)) for each in others)
             if not same or not all(self._is_aligned(step, position) for step in self.kernel.steps):
                 return position
         return least
@@ -117,19 +176,20 @@ class _Rows:
         """Whether the rows' intermediate results fit the cache."""
         if any(str(step.output.dtype) not in ("float32", "int32", "int64") for step in self.kernel.steps):
             return False
-        size = sum(self._size(step) for step in self.kernel.steps if not self.kernel.is_parameter(step.output))
+        kept = [step for step in self.kernel.steps if not self.kernel.is_parameter(step.output)]
+        size = sum(math.prod(_typical(axis.extent) for axis in self._inner(step)) for step in kept)
         return 4 * size <= self.machine.l2_bytes
 
     def _inner(self, step: Step) -> list[Axis]:
         return step.spatial[self.shared :]
 
-    def _size(self, step: Step) -> int:
-        return math.prod(int(axis.extent) for axis in self._inner(step))
+    def _size(self, step: Step) -> Size:
+        return _product(axis.extent for axis in self._inner(step))
 
     def body(self) -> Stmt:
         """All rows."""
         outer = self.kernel.steps[-1].spatial[: self.shared]
-        work = max(math.prod(known(axis.extent) or 64 for axis in step.axes) for step in self.kernel.steps)
+        work = max(math.prod(_typical(axis.extent) for axis in step.axes) for step in self.kernel.steps)
 
         def row(*place: Expr) -> Stmt:
             self.held = []
@@ -175,7 +235,7 @@ class _Rows:
     def _flat(self, step: Step, place: Sequence[Expr]) -> Expr:
         flat = index(0)
         for axis, at in zip(self._inner(step), place, strict=True):
-            flat = flat * int(axis.extent) + at
+            flat = flat * index(axis.extent) + at
         return flat
 
     def _store(self, step: Step, value: Expr, place: list[Expr]) -> Stmt:
@@ -186,20 +246,30 @@ class _Rows:
 
     # ------------------------------------------------------------------------------------------------------------ loops
 
-    def _over(self, axes: Sequence[Axis], place: list[Expr], body: Callable[[list[Expr], int], Stmt]) -> Stmt:
-        """``body(place, lanes)`` over axes, the last of which is cut into vectors."""
+    def _over(
+        self, axes: Sequence[Axis], place: list[Expr], body: Callable[[list[Expr], int], Stmt], together: int = 1
+    ) -> Stmt:
+        """``body(place, lanes)`` over axes, the last of which is cut into vectors; 0 lanes are one number alone."""
         if not axes:
             return body(place, 0)
         axis, *others = axes
-        extent = int(axis.extent)
         if others:
-            return loop("place", extent, lambda at: self._over(others, [*place, at], body))
-        whole = extent // self.lanes
-        rest = extent - whole * self.lanes
-        return seq(
-            loop("block", whole, lambda block: body([*place, block * self.lanes], self.lanes)) if whole else None,
-            body([*place, index(whole * self.lanes)], rest) if rest else None,
-        )
+            return loop("place", axis.extent, lambda at: self._over(others, [*place, at], body, together))
+        if not isinstance(axis.extent, int):
+            whole = tirx.floordiv(axis.extent, index(self.lanes))
+            behind = whole * self.lanes
+            return seq(
+                loop("block", whole, lambda block: body([*place, block * self.lanes], self.lanes)),
+                loop("rest", axis.extent - behind, lambda at: body([*place, behind + at], 0)),
+            )
+        vectors, rest = divmod(axis.extent, self.lanes)
+        statements = []
+        for start, count, times in cut(vectors, sorted({together, 1}, reverse=True)):
+            lanes, first = count * self.lanes, start * self.lanes
+            statements.append(
+                loop("block", times, lambda block, n=lanes, f=first: body([*place, block * n + f], n))  # type: ignore[misc]
+            )
+        return seq(*statements, body([*place, index(vectors * self.lanes)], rest) if rest else None)
 
     def _pointwise(self, step: Step, place: list[Expr]) -> Stmt:
         def write(at: list[Expr], lanes: int) -> Stmt:
@@ -215,7 +285,7 @@ class _Rows:
     def _reduce(self, step: Step, place: list[Expr]) -> Stmt:
         if self._reads_along(step):
             return self._over_places(self._inner(step), place, lambda at: self._along(step, at))
-        return self._over(self._inner(step), place, lambda at, lanes: self._across(step, at, lanes))
+        return self._over(self._inner(step), place, lambda at, lanes: self._across(step, at, lanes), _TOGETHER)
 
     def _over_places(self, axes: Sequence[Axis], place: list[Expr], body: Callable[[list[Expr]], Stmt]) -> Stmt:
         if not axes:
@@ -228,78 +298,63 @@ class _Rows:
 
     def _along(self, step: Step, place: list[Expr]) -> Stmt:
         """One result, from vectors of partial results."""
-        combine, dtype = _COMBINE[type(step.value)], str(step.output.dtype)
         *outer, inner = step.reduced
-        extent = int(inner.extent)
-        vectors, rest = divmod(extent, self.lanes)
-        parts = max((count for count in range(1, _PARTIAL + 1) if vectors and vectors % count == 0), default=0)
-        sums, declared = local(max(parts, 1) * self.lanes, dtype)
+        runs, whole, rest = self._runs(inner.extent)
+        parts = max((count for _, count, _ in runs), default=0)
+        sums = _Partial(step, parts * self.lanes, self.lanes)
         # What is left over has results of its own, so that the others stay whole vectors.
-        left, left_declared = local(max(rest, 1), dtype, name="left")
+        left = _Partial(step, rest if isinstance(rest, int) else 1, self.lanes, name="left")
         names = self._names(step, place)
 
-        def add(chosen: dict[Any, Expr], at: Expr, lanes: int, target: Any, first: int) -> Stmt:
-            def number(lane: Expr) -> Stmt:
-                value = self._value(step.value.b, {**names, **chosen, inner.variable: at + lane})
-                return store(target, combine(load_of(target, lane + first), value), lane + first)
+        def add(chosen: dict[Any, Expr]) -> Stmt:
+            def value(at: Expr) -> Expr:
+                return self._value(step.value.b, {**names, **chosen, inner.variable: at})
 
-            return vector(lanes, number)
+            def vectors(start: Expr, part: int) -> Stmt:
+                first = part * self.lanes
+                return sums.add(lambda lane: value(start + first + lane), first, self.lanes)
 
-        def row(chosen: dict[Any, Expr]) -> Stmt:
-            def block(number: Expr) -> Stmt:
-                starts = [part * self.lanes for part in range(parts)]
-                width = parts * self.lanes
-                return seq(*(add(chosen, number * width + at, self.lanes, sums, at) for at in starts))
+            def block(start: Expr, count: int) -> Stmt:
+                return seq(*(vectors(start, part) for part in range(count)))
 
-            return seq(
-                loop("block", vectors // parts, block) if parts else None,
-                add(chosen, index(vectors * self.lanes), rest, left, 0) if rest else None,
-            )
+            statements = [
+                loop("block", times, lambda number, s=start, n=count: block((number * n + s) * self.lanes, n))  # type: ignore[misc]
+                for start, count, times in runs
+            ]
+            if isinstance(rest, int):
+                tail = left.add(lambda lane: value(lane + whole), 0, rest) if rest else None
+            else:
+                tail = loop("rest", rest, lambda at: left.add(lambda _: value(at + whole), 0, 1))
+            return seq(*statements, tail)
 
         def rows(axes: Sequence[Axis], chosen: dict[Any, Expr]) -> Stmt:
             if not axes:
-                return row(chosen)
+                return add(chosen)
             axis, *others = axes
             return loop("row", axis.extent, lambda at: rows(others, {**chosen, axis.variable: at}))
 
-        def clear(target: Any, count: int) -> Stmt:
-            return vector(count, lambda lane: store(target, step.start, lane))
-
-        def fold() -> tuple[list[Stmt], Expr]:
-            statements = [
-                vector(
-                    self.lanes,
-                    lambda lane, at=part * self.lanes: store(  # type: ignore[misc]
-                        sums, combine(load_of(sums, lane), load_of(sums, lane + at)), lane
-                    ),
-                )
-                for part in range(1, parts)
-            ]
-            numbers = [load_of(sums, lane) for lane in range(self.lanes if parts else 0)]
-            numbers += [load_of(left, lane) for lane in range(rest)]
-            while len(numbers) > 1:
-                pairs = [combine(a, b) for a, b in zip(numbers[::2], numbers[1::2], strict=False)]
-                numbers = pairs + numbers[len(pairs) * 2 :]
-            return statements, numbers[0]
-
-        folded, result = fold()
+        numbers = [*sums.numbers(), *left.numbers()]
         return seq(
-            declared if parts else None,
-            left_declared if rest else None,
-            *(clear(sums, self.lanes * parts),) * bool(parts),
-            *(clear(left, rest),) * bool(rest),
+            sums.cleared(),
+            left.cleared(),
             rows(outer, {}),
-            *folded,
-            self._store(step, result, place),
+            sums.folded(),
+            self._store(step, _tree(numbers, sums.combine), place),
         )
+
+    def _runs(self, extent: Size) -> tuple[list[tuple[Size, int, Size]], Size, Size]:
+        """A length as blocks of vectors (the first vector, vectors a block, blocks), how far they go, what is left."""
+        if isinstance(extent, int):
+            vectors, rest = divmod(extent, self.lanes)
+            return [(*run,) for run in cut(vectors, (_PARTIAL, 1))], vectors * self.lanes, rest
+        vectors = tirx.floordiv(extent, index(self.lanes))
+        blocks = tirx.floordiv(vectors, index(_PARTIAL))
+        whole = vectors * self.lanes
+        return [(0, _PARTIAL, blocks), (blocks * _PARTIAL, 1, vectors - blocks * _PARTIAL)], whole, extent - whole
 
     def _across(self, step: Step, place: list[Expr], lanes: int) -> Stmt:
         """A vector of results, each of them reduced on its own."""
-        combine, dtype = _COMBINE[type(step.value)], str(step.output.dtype)
-        sums, declared = local(max(lanes, 1), dtype)
-
-        def each(body: Callable[[Expr], Stmt]) -> Stmt:
-            return vector(lanes, body) if lanes > 1 else body(index(0))
+        sums = _Partial(step, max(lanes, 1), max(lanes, 1))
 
         def here(lane: Expr) -> list[Expr]:
             return [*place[:-1], place[-1] + lane] if lanes else place
@@ -308,16 +363,12 @@ class _Rows:
             if axes:
                 axis, *others = axes
                 return loop("row", axis.extent, lambda at: rows(others, {**chosen, axis.variable: at}))
-
-            def add(lane: Expr) -> Stmt:
-                value = self._value(step.value.b, {**self._names(step, here(lane)), **chosen})
-                return store(sums, combine(load_of(sums, lane), value), lane)
-
-            return each(add)
+            return sums.add(
+                lambda lane: self._value(step.value.b, {**self._names(step, here(lane)), **chosen}), 0, sums.count
+            )
 
         return seq(
-            declared,
-            each(lambda lane: store(sums, step.start, lane)),
+            sums.cleared(),
             rows(step.reduced, {}),
-            each(lambda lane: self._store(step, load_of(sums, lane), here(lane))),
+            vector(sums.count, lambda lane: self._store(step, load_of(sums.buffer, lane), here(lane))),
         )

@@ -1,0 +1,175 @@
+"""Kernels that reduce: softmax, norms, sums and pools against NumPy, for odd and for open sizes."""
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax, tirx
+
+from onnxslim.targets._tvm import resolve_target
+from onnxslim.targets.catalogue import find_target
+from onnxslim.targets.lower import lower
+
+op = relax.op
+
+
+@pytest.fixture(scope="module")
+def native():
+    return resolve_target(find_target("native"))
+
+
+def run(native, build, *inputs, open_axes=(), again=()):
+    """Results of Relax expressions, every kernel of which has been written by us.
+
+    Args:
+        native: the target.
+        build: from variables of Relax to a list of results.
+        inputs: arrays.
+        open_axes: pairs of an input and an axis whose size is only known when running; equal sizes are one.
+        again: further inputs for the same code.
+    """
+    builder = relax.BlockBuilder()
+    sizes: dict[int, tirx.Var] = {}
+
+    def size(position, axis, length):
+        is_open = (position, axis) in open_axes
+        return sizes.setdefault(length, tirx.Var(f"n{length}", "int64")) if is_open else length
+
+    variables = [
+        relax.Var(
+            f"x{position}", relax.TensorType([size(position, *each) for each in enumerate(x.shape)], str(x.dtype))
+        )
+        for position, x in enumerate(inputs)
+    ]
+    with builder.function("main", variables):
+        with builder.dataflow():
+            results = builder.emit_output(relax.Tuple([builder.normalize(each) for each in build(*variables)]))
+        builder.emit_func_output(results)
+    executable, kernels = lower(builder.get(), native)
+    assert [name for name, kernel in kernels.items() if kernel.writer != "onnxslim"] == []
+    machine_code = relax.VirtualMachine(executable, tvm.cpu())
+    found = [
+        [each.numpy() for each in machine_code["main"](*map(tvm.runtime.tensor, feed))] for feed in (inputs, *again)
+    ]
+    return found if again else found[0]
+
+
+def normal(*shape):
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+def softmax(x, axis=-1):
+    powers = np.exp(x - x.max(axis, keepdims=True))
+    return powers / powers.sum(axis, keepdims=True)
+
+
+def normalised(x, axes):
+    return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+
+
+def close(found, *wanted):
+    for each, array in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(each, array, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("width", [8, 17, 49, 95, 128, 300])
+def test_rows(native, width):
+    x, scale, shift = normal(2, 7, width), normal(width), normal(width)
+
+    def build(x, scale, shift):
+        root = op.sqrt(op.add(op.mean(op.square(x), [-1], keepdims=True), relax.const(1e-5)))
+        return [
+            op.nn.softmax(x, -1),
+            op.nn.log_softmax(op.add(x, shift), -1),
+            op.nn.layer_norm(x, scale, shift, [-1]),
+            op.multiply(op.divide(x, root), scale),
+            op.max(op.abs(x), [2]),
+            op.min(x, [2], keepdims=True),
+            op.variance(x, [2]),
+        ]
+
+    root = np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+    close(
+        run(native, build, x, scale, shift),
+        softmax(x),
+        np.log(softmax(x + shift)),
+        normalised(x, 2) * scale + shift,
+        x / root * scale,
+        np.abs(x).max(2),
+        x.min(2, keepdims=True),
+        x.var(2),
+    )
+
+
+def test_extreme_rows(native):
+    x = np.float32([[1e4] * 20, [-1e4] * 20, [0] * 10 + [3e38] * 10, [-np.inf] * 19 + [1]])
+    expected = softmax(np.maximum(x, np.finfo(np.float32).min).astype(np.float64))
+    close(run(native, lambda x: [op.nn.softmax(x, -1)], x), expected)
+
+
+@pytest.mark.parametrize("channels", [3, 24, 95])
+def test_channels_that_lie_last(native, channels):
+    x = normal(2, 9, 7, channels)
+
+    def build(x):
+        return [
+            op.mean(op.nn.relu(x), [1, 2], keepdims=True),
+            op.max(x, [1, 2]),
+            op.sum(x, [1]),
+            op.nn.softmax(x, 1),
+            op.sum(op.square(x), [0, 1, 2]),
+        ]
+
+    mean = np.maximum(x, 0).mean((1, 2), keepdims=True)
+    close(
+        run(native, build, x), mean, x.max((1, 2)), x.sum(1), softmax(x, 1), (x.astype(np.float64) ** 2).sum((0, 1, 2))
+    )
+
+
+def test_images_whose_channels_lie_first(native):
+    x, scale = normal(2, 5, 11, 13), normal(5, 1, 1)
+
+    def build(x, scale):
+        return [
+            op.mean(x, [2, 3]),
+            op.multiply(op.variance(x, [2, 3], keepdims=True), scale),
+            op.nn.layer_norm(
+                x, relax.const(np.ones((11, 13), np.float32)), relax.const(np.zeros((11, 13), np.float32)), [2, 3]
+            ),
+            op.sum(x),
+        ]
+
+    close(
+        run(native, build, x, scale),
+        x.mean((2, 3)),
+        x.var((2, 3), keepdims=True) * scale,
+        normalised(x, (2, 3)),
+        x.sum(dtype=np.float64),
+    )
+
+
+def test_whole_numbers(native):
+    x = np.random.default_rng(0).integers(-9, 9, (6, 5, 33))
+    found = run(native, lambda x: [op.sum(x, [2]), op.max(x, [1]), op.prod(op.clip(x, 1, 2), [2])], x)
+    for each, wanted in zip(found, [x.sum(2), x.max(1), x.clip(1, 2).prod(2)], strict=True):
+        np.testing.assert_array_equal(each, wanted)
+
+
+def test_rows_of_open_length(native):
+    def feeds(batch, length):
+        return normal(batch, 3, length, length), normal(batch, length, 48), normal(48)
+
+    def build(scores, x, scale):
+        return [
+            op.nn.softmax(scores, -1),
+            op.nn.layer_norm(x, scale, scale, [-1]),
+            op.mean(x, [1]),
+            op.max(scores, [3]),
+        ]
+
+    open_axes = [(0, 0), (0, 2), (0, 3), (1, 0), (1, 1)]
+    all_feeds = [feeds(2, 5), feeds(1, 1), feeds(3, 47), feeds(0, 4), feeds(1, 130)]
+    first, *again = all_feeds
+    for (scores, x, scale), found in zip(
+        all_feeds, run(native, build, *first, open_axes=open_axes, again=again), strict=True
+    ):
+        close(found, softmax(scores), normalised(x, 2) * scale + scale, x.mean(1), scores.max(3))
