@@ -35,6 +35,7 @@ from onnxslim.targets.emit import (
 )
 from onnxslim.targets.fused import Axis, FusedKernel, Step, load_nodes
 from onnxslim.targets.machine import PARALLEL_WORK, Machine
+from onnxslim.targets.windows import Limits, without_padding
 
 __all__ = ["write_reduction"]
 
@@ -54,12 +55,13 @@ _COMBINE: dict[Any, Callable[[Expr, Expr], Expr]] = {
 
 def write_reduction(kernel: FusedKernel, machine: Machine) -> PrimFunc | None:
     """Write the kernel; None where nothing is reduced, or in a way that is not known here."""
+    kernel, limits = without_padding(kernel)
     reductions = [step for step in kernel.steps if step.start is not None]
     if not reductions or not all(step.is_pointwise or _is_reduction(step) for step in kernel.steps):
         return None
     if any(axis.extent == 0 for step in kernel.steps for axis in step.axes if isinstance(axis.extent, int)):
         return None
-    rows = _Rows(kernel, machine, reductions)
+    rows = _Rows(kernel, machine, reductions, limits)
     if rows.along and any(_typical(step.reduced[-1].extent) < machine.lanes() for step in reductions):
         # Less than a vector is folded in no time, and TVM's plain loops are as good.
         return None
@@ -137,8 +139,8 @@ class _Partial:
 class _Rows:
     """One kernel on its way to be written."""
 
-    def __init__(self, kernel: FusedKernel, machine: Machine, reductions: Sequence[Step]) -> None:
-        self.kernel, self.machine = kernel, machine
+    def __init__(self, kernel: FusedKernel, machine: Machine, reductions: Sequence[Step], limits: Limits) -> None:
+        self.kernel, self.machine, self.limits = kernel, machine, limits
         self.lanes = machine.lanes()
         self.along = all(self._reads_along(step) for step in reductions)
         self.shared = self._shared_axes()
@@ -150,6 +152,8 @@ class _Rows:
     def _reads_along(self, step: Step) -> bool:
         """Whether some operand is contiguous along the innermost axis that is reduced."""
         innermost = step.reduced[-1].variable
+        if innermost in self.limits:
+            return False
         nodes = load_nodes(self.kernel.inlined(step.value.b, lambda _buffer, _place: None))
         return any(len(node.indices) and node.indices[-1].same_as(innermost) for node in nodes)
 
@@ -198,7 +202,12 @@ class _Rows:
 
         if not outer:
             return row()
-        return parallel([axis.extent for axis in outer], row, serial=4 * work < PARALLEL_WORK)
+        sizes = [axis.extent for axis in outer]
+        is_small = 4 * work < PARALLEL_WORK
+        if len(sizes) < 2 or _typical(_product(sizes[:-1])) < 4 * self.machine.cores:
+            return parallel(sizes, row, serial=is_small)
+        # A loop of its own, where there are tasks enough without it, needs no division to find its place.
+        return parallel(sizes[:-1], lambda *place: loop("row", sizes[-1], lambda at: row(*place, at)), serial=is_small)
 
     def _step(self, step: Step, place: list[Expr]) -> Stmt | None:
         is_output = self.kernel.is_parameter(step.output)
@@ -293,6 +302,13 @@ class _Rows:
         axis, *others = axes
         return loop("place", axis.extent, lambda at: self._over_places(others, [*place, at], body))
 
+    def _window(self, step: Step, place: list[Expr], axis: Axis, body: Callable[[Expr], Stmt]) -> Stmt:
+        """``body`` for a reduced axis, as far as it is inside of what it reads."""
+        if axis.variable not in self.limits:
+            return loop("row", axis.extent, body)
+        first, last = (substitute(limit, self._names(step, place)) for limit in self.limits[axis.variable])
+        return loop("row", last - first, lambda at: body(first + at))
+
     def _names(self, step: Step, place: list[Expr]) -> dict[Any, Expr]:
         return {axis.variable: each for axis, each in zip(step.spatial, place, strict=True)}
 
@@ -331,7 +347,7 @@ class _Rows:
             if not axes:
                 return add(chosen)
             axis, *others = axes
-            return loop("row", axis.extent, lambda at: rows(others, {**chosen, axis.variable: at}))
+            return self._window(step, place, axis, lambda at: rows(others, {**chosen, axis.variable: at}))
 
         numbers = [*sums.numbers(), *left.numbers()]
         return seq(
@@ -362,7 +378,7 @@ class _Rows:
         def rows(axes: Sequence[Axis], chosen: dict[Any, Expr]) -> Stmt:
             if axes:
                 axis, *others = axes
-                return loop("row", axis.extent, lambda at: rows(others, {**chosen, axis.variable: at}))
+                return self._window(step, place, axis, lambda at: rows(others, {**chosen, axis.variable: at}))
             return sums.add(
                 lambda lane: self._value(step.value.b, {**self._names(step, here(lane)), **chosen}), 0, sums.count
             )

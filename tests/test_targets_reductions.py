@@ -173,3 +173,65 @@ def test_rows_of_open_length(native):
         all_feeds, run(native, build, *first, open_axes=open_axes, again=again), strict=True
     ):
         close(found, softmax(scores), normalised(x, 2) * scale + scale, x.mean(1), scores.max(3))
+
+
+POOLS = [
+    # window, strides, padding (top, left, bottom, right), dilation
+    ((3, 3), (2, 2), (1, 1, 1, 1), (1, 1)),
+    ((3, 2), (1, 2), (0, 1, 2, 0), (1, 1)),
+    ((2, 2), (2, 2), (0, 0, 0, 0), (1, 1)),
+    ((5, 1), (1, 1), (2, 0, 2, 0), (1, 1)),
+    ((2, 3), (2, 1), (1, 2, 1, 2), (2, 2)),
+]
+
+
+def windows(x, pool, fill):
+    """All that windows see of images whose channels lie last, along a new last axis."""
+    (height, width), (down, right), (top, left, bottom, behind), (dilated_down, dilated_right) = pool
+    padded = np.pad(x, ((0, 0), (top, bottom), (left, behind), (0, 0)), constant_values=fill)
+    reach = ((height - 1) * dilated_down + 1, (width - 1) * dilated_right + 1)
+    seen = np.lib.stride_tricks.sliding_window_view(padded, reach, (1, 2))[:, ::down, ::right]
+    seen = seen[..., ::dilated_down, ::dilated_right]
+    return seen.reshape(*seen.shape[:4], -1)
+
+
+@pytest.mark.parametrize("channels", [3, 24, 95])
+def test_pools(native, channels):
+    x = normal(2, 9, 7, channels)
+
+    def build(x):
+        results = []
+        for window, strides, padding, dilation in POOLS:
+            where = (window, strides, padding, dilation)
+            results += [
+                op.nn.relu(op.nn.max_pool2d(x, *where, layout="NHWC")),
+                op.nn.avg_pool2d(x, *where, layout="NHWC", count_include_pad=True),
+                op.nn.avg_pool2d(x, *where, layout="NHWC"),
+            ]
+        return results
+
+    expected = []
+    for pool in POOLS:
+        inside = windows(np.ones_like(x), pool, 0).sum(-1)
+        expected.append(np.maximum(windows(x, pool, -np.inf).max(-1), 0))
+        expected += [windows(x, pool, 0).mean(-1), windows(x, pool, 0).sum(-1) / inside]
+    close(run(native, build, x), *expected)
+
+
+def test_pools_of_open_size(native):
+    feeds = [(normal(batch, height, width, 17),) for batch, height, width in [(2, 6, 5), (1, 1, 1), (3, 13, 8)]]
+
+    def build(x):
+        return [op.nn.max_pool2d(x, *POOLS[0], layout="NHWC"), op.mean(x, [1, 2])]
+
+    first, *again = feeds
+    for (x,), found in zip(
+        feeds, run(native, build, *first, open_axes=[(0, 0), (0, 1), (0, 2)], again=again), strict=True
+    ):
+        close(found, windows(x, POOLS[0], -np.inf).max(-1), x.mean((1, 2)))
+
+
+def test_windows_that_round_up_reach_over_the_edge(native):
+    x = normal(1, 6, 8, 24)
+    found = run(native, lambda x: [op.nn.max_pool2d(x, (3, 3), (2, 2), ceil_mode=True, layout="NHWC")], x)
+    close(found, windows(x, ((3, 3), (2, 2), (0, 0, 1, 1), (1, 1)), -np.inf).max(-1))
