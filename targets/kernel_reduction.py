@@ -92,14 +92,6 @@ def _is_reduction(step: Step) -> bool:
     return named and getattr(first, "source", None) is not None and first.source.same_as(step.output)
 
 
-def _tree(numbers: list[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:
-    """All numbers combined, in pairs."""
-    while len(numbers) > 1:
-        pairs = [combine(a, b) for a, b in zip(numbers[::2], numbers[1::2], strict=False)]
-        numbers = pairs + numbers[len(pairs) * 2 :]
-    return numbers[0]
-
-
 class _Partial:
     """Partial results of a reduction, in registers."""
 
@@ -122,18 +114,20 @@ class _Partial:
 
         return vector(lanes, number)
 
-    def folded(self) -> Stmt:
-        """All vectors combined into the first."""
-        return seq(
-            *(
-                self.add(lambda lane, f=first: load_of(self.buffer, lane + f), 0, self.lanes)  # type: ignore[misc]
-                for first in range(self.lanes, self.count, self.lanes)
-            )
-        )
+    def folded(self, left: _Partial) -> Stmt:
+        """All of them, and those that are left over, combined into the first."""
 
-    def numbers(self) -> list[Expr]:
-        """What is left to combine once vectors are folded."""
-        return [load_of(self.buffer, lane) for lane in range(min(self.count, self.lanes))]
+        def combined(buffer: Any, first: int, lanes: int) -> Stmt:
+            return self.add(lambda lane: load_of(buffer, lane + first), 0, lanes)
+
+        statements = [combined(self.buffer, first, self.lanes) for first in range(self.lanes, self.count, self.lanes)]
+        if left.count:
+            statements.append(combined(left.buffer, 0, left.count))
+        lanes = self.lanes
+        while lanes > 1:
+            lanes //= 2
+            statements.append(combined(self.buffer, lanes, lanes))
+        return seq(*statements)
 
 
 class _Rows:
@@ -278,7 +272,9 @@ class _Rows:
             statements.append(
                 loop("block", times, lambda block, n=lanes, f=first: body([*place, block * n + f], n))  # type: ignore[misc]
             )
-        return seq(*statements, body([*place, index(vectors * self.lanes)], rest) if rest else None)
+        if rest:
+            statements.append(body([*place, index(vectors * self.lanes)], rest))
+        return seq(*statements)
 
     def _pointwise(self, step: Step, place: list[Expr]) -> Stmt:
         def write(at: list[Expr], lanes: int) -> Stmt:
@@ -316,7 +312,7 @@ class _Rows:
         """One result, from vectors of partial results."""
         *outer, inner = step.reduced
         runs, whole, rest = self._runs(inner.extent)
-        parts = max((count for _, count, _ in runs), default=0)
+        parts = max((count for _, count, _ in runs), default=1)
         sums = _Partial(step, parts * self.lanes, self.lanes)
         # What is left over has results of its own, so that the others stay whole vectors.
         left = _Partial(step, rest if isinstance(rest, int) else 1, self.lanes, name="left")
@@ -349,13 +345,12 @@ class _Rows:
             axis, *others = axes
             return self._window(step, place, axis, lambda at: rows(others, {**chosen, axis.variable: at}))
 
-        numbers = [*sums.numbers(), *left.numbers()]
         return seq(
             sums.cleared(),
             left.cleared(),
             rows(outer, {}),
-            sums.folded(),
-            self._store(step, _tree(numbers, sums.combine), place),
+            sums.folded(left),
+            self._store(step, load_of(sums.buffer, 0), place),
         )
 
     def _runs(self, extent: Size) -> tuple[list[tuple[Size, int, Size]], Size, Size]:
