@@ -86,7 +86,7 @@ def _simplified(value: Expr, axes: Any) -> Expr:
         return tirx.BufferLoad(each.source, [analyzer.simplify(place) for place in each.indices])
 
     def call(each: Call) -> Expr:
-        if getattr(each.op, "name", "") != "tirx.if_then_else":
+        if getattr(each.op, "name", "") != "prim.if_then_else":
             return each
         condition = analyzer.simplify(each.args[0])
         if known(condition) is not None:
@@ -143,7 +143,7 @@ def _cuts(value: Expr, axes: list[tuple[Any, Size]]) -> list[set[int]]:
             found[used[0]].update(_changes(type(each), steps[used[0]], base))
 
     def call(each: Call) -> None:
-        if getattr(each.op, "name", "") == "tirx.if_then_else":
+        if getattr(each.op, "name", "") == "prim.if_then_else":
             tvm_ffi.structural_walk(each.args[0], [(kind, compare) for kind in (LT, LE, GT, GE, EQ, NE)])
 
     tvm_ffi.structural_walk(value, [(Call, call)])

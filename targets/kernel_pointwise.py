@@ -101,7 +101,7 @@ def _has_condition(value: Expr) -> bool:
     found = []
 
     def note(call: Call) -> None:
-        if getattr(call.op, "name", "") == "tirx.if_then_else":
+        if getattr(call.op, "name", "") == "prim.if_then_else":
             found.append(call)
 
     tvm_ffi.structural_walk(value, [(Call, note)])

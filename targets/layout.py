@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import relax
 from tvm.ir import Call, GenericConst
 
@@ -608,4 +609,4 @@ def _phase_weights(
 def _equal(left: Any, right: Any) -> bool:
     if isinstance(left, int) or isinstance(right, int):
         return bool(isinstance(left, int) and isinstance(right, int) and left == right)
-    return bool(tvm.ir.structural_equal(left, right))
+    return bool(tvm_ffi.structural_equal(left, right))
