@@ -21,9 +21,9 @@ from onnxslim.targets import kernel_winograd as winograd
 from onnxslim.targets.emit import known
 from onnxslim.targets.kernel_product import NOTE
 from onnxslim.targets.machine import Machine
-from onnxslim.targets.tiling import Tile, best_tile
+from onnxslim.targets.tiling import Tile, Tiling, workload
 
-__all__ = ["legalizations"]
+__all__ = ["legalizations", "pack"]
 
 _BROADCAST = ("add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "where")
 
@@ -35,12 +35,12 @@ _INJECTIVE = 2
 Legalization = Callable[[Any, Any], Any]
 
 
-def legalizations(machine: Machine) -> dict[str, Legalization]:
+def legalizations(tiling: Tiling) -> dict[str, Legalization]:
     """What ``LegalizeOps`` is to take instead of TVM's own."""
     return {
-        "relax.nn.conv1d": lambda builder, call: _convolution(builder, call, machine),
-        "relax.nn.conv2d": lambda builder, call: _convolution(builder, call, machine),
-        "relax.matmul": lambda builder, call: _matmul(builder, call, machine),
+        "relax.nn.conv1d": lambda builder, call: _convolution(builder, call, tiling),
+        "relax.nn.conv2d": lambda builder, call: _convolution(builder, call, tiling),
+        "relax.matmul": lambda builder, call: _matmul(builder, call, tiling),
         **dict.fromkeys((f"relax.{name}" for name in _BROADCAST), _broadcast),
     }
 
@@ -90,7 +90,7 @@ def _is_float(*expressions: Any) -> bool:
 # --------------------------------------------------------------------------------------------------------- convolution
 
 
-def _convolution(builder: Any, call: Any, machine: Machine) -> Any:
+def _convolution(builder: Any, call: Any, tiling: Tiling) -> Any:
     data, weight = call.args[:2]
     attributes = call.attrs
     layout = str(attributes.data_layout)
@@ -114,18 +114,25 @@ def _convolution(builder: Any, call: Any, machine: Machine) -> Any:
         and all(isinstance(size, int) for size in (*source, *shape))
         and winograd.pays(shape[0], shape[1], shape[2], source[-1], shape[-1])
     ):
-        return _winograd(builder, call, values, shape, pads, machine)
+        return _winograd(builder, call, values, pads, tiling)
     columns = values.shape[0] // groups
     flat = groups == 1 and all(value == 1 for value in (*window, *strides)) and not any(pads)
     rows = _flat_size(shape[:-1]) if flat else shape[-2] if shape[-2] != 1 else shape[1]
-    tile = best_tile(rows if isinstance(rows, int) else None, columns, machine.lanes(), machine)
-    packed = _pack(values.reshape(groups, columns, -1, values.shape[-1]), tile.vectors * machine.lanes())
-    note = _note(
-        "convolution", tile, machine, kernel=window, strides=strides, dilations=dilations, pads=pads, groups=groups
-    )
+    what = {
+        "kind": "convolution",
+        "kernel": window,
+        "strides": strides,
+        "dilations": dilations,
+        "pads": pads,
+        "groups": groups,
+    }
+    tile = tiling.tile(workload(source, shape, **what), rows if isinstance(rows, int) else None, columns)
+    panel = tile.vectors * tiling.machine.lanes()
+    packed = pack(values.reshape(groups, columns, -1, values.shape[-1]), panel)
+    note = _note(tile, tiling.machine, what)
 
     def compute(x: Any, w: Any) -> Any:
-        return _window_sum(x, w, shape, window, strides, dilations, pads, groups, tile.vectors * machine.lanes(), note)
+        return _window_sum(x, w, shape, window, strides, dilations, pads, groups, panel, note)
 
     return builder.call_te(
         compute, data, relax.const(packed), primfunc_name_hint="convolution", primfunc_attrs=_FUSABLE
@@ -171,11 +178,13 @@ def _window_sum(
     return te.compute(tuple(shape), element, name="convolution", attrs=note)
 
 
-def _winograd(builder: Any, call: Any, values: np.ndarray, shape: list[int], pads: list[int], machine: Machine) -> Any:
+def _winograd(builder: Any, call: Any, values: np.ndarray, pads: list[int], tiling: Tiling) -> Any:
+    source, shape = _sizes(call.args[0]), _sizes(call)
     tiles = shape[0] * math.ceil(shape[1] / winograd.TILE) * math.ceil(shape[2] / winograd.TILE)
-    tile = best_tile(tiles, shape[-1], machine.lanes(), machine)
-    panel = tile.vectors * machine.lanes()
-    note = _note("winograd", tile, machine, pads=pads)
+    what = {"kind": "winograd", "pads": pads}
+    tile = tiling.tile(workload(source, shape, **what), tiles, shape[-1])
+    panel = tile.vectors * tiling.machine.lanes()
+    note = _note(tile, tiling.machine, what)
 
     def compute(x: Any, w: Any) -> Any:
         row, column, depth = (
@@ -246,7 +255,7 @@ def _per_axis(values: Any, rank: int) -> list[int]:
 # -------------------------------------------------------------------------------------------------------------- matmul
 
 
-def _matmul(builder: Any, call: Any, machine: Machine) -> Any:
+def _matmul(builder: Any, call: Any, tiling: Tiling) -> Any:
     left, right = call.args
     if not _has_shape(left) or not _has_shape(right) or not _is_float(left, right, call):
         return _stock(builder, call)
@@ -254,19 +263,19 @@ def _matmul(builder: Any, call: Any, machine: Machine) -> Any:
     if len(a) < 2 or len(b) < 2:
         return _stock(builder, call)
     if isinstance(right, GenericConst) and len(b) == 2:
-        return _matmul_by_constant(builder, call, machine)
+        return _matmul_by_constant(builder, call, tiling)
     return _stock(builder, call)
 
 
-def _matmul_by_constant(builder: Any, call: Any, machine: Machine) -> Any:
+def _matmul_by_constant(builder: Any, call: Any, tiling: Tiling) -> Any:
     left, right = call.args
     shape = _sizes(call)
     depth, columns = right.value.shape
-    rows = _flat_size(shape[:-1])
-    tile = best_tile(rows if isinstance(rows, int) else None, int(columns), machine.lanes(), machine)
-    panel = tile.vectors * machine.lanes()
-    packed = _pack(right.value.numpy().T.reshape(1, columns, 1, depth), panel)
-    note = _note("matmul", tile, machine)
+    what = {"kind": "matmul"}
+    tile = tiling.tile(workload(_sizes(left), shape, **what), _flat_size(shape[:-1]), int(columns))
+    panel = tile.vectors * tiling.machine.lanes()
+    packed = pack(right.value.numpy().T.reshape(1, columns, 1, depth), panel)
+    note = _note(tile, tiling.machine, what)
 
     def compute(x: Any, w: Any) -> Any:
         k = te.reduce_axis((0, int(depth)), "depth")
@@ -286,11 +295,11 @@ def _flat_size(sizes: list[Any]) -> int | None:
     return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
-def _note(kind: str, tile: Tile, machine: Machine, **more: Any) -> dict[str, str]:
-    return {NOTE: json.dumps({"kind": kind, "rows": tile.rows, "panel": tile.vectors * machine.lanes(), **more})}
+def _note(tile: Tile, machine: Machine, what: dict[str, Any]) -> dict[str, str]:
+    return {NOTE: json.dumps({**what, "rows": tile.rows, "panel": tile.vectors * machine.lanes()})}
 
 
-def _pack(weights: np.ndarray, panel: int) -> np.ndarray:
+def pack(weights: np.ndarray, panel: int) -> np.ndarray:
     """[groups, columns, taps, depth] -> [groups × panels, taps, depth, panel], zeros behind the last column."""
     groups, columns, taps, depth = weights.shape
     panels = math.ceil(columns / panel)

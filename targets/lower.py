@@ -18,8 +18,9 @@ from onnxslim.targets.catalogue import Target
 from onnxslim.targets.link import link_library
 from onnxslim.targets.machine import Machine
 from onnxslim.targets.prepare import Prepared, opset_of
+from onnxslim.targets.tiling import Tiles, Tiling
 
-__all__ = ["Signature", "build_library", "import_model", "lower", "output_signature"]
+__all__ = ["Signature", "build_library", "fuse", "import_model", "lower", "output_signature"]
 
 Signature = list[tuple[str, tuple[int | str, ...]]]
 """dtype and sizes of each output, in order."""
@@ -94,8 +95,28 @@ def _size(size: Any) -> int | str:
         return str(size)
 
 
-def lower(module: Any, target: Target) -> tuple[Any, dict[str, KernelEntry]]:
+def fuse(module: Any, target: Target, tiling: Tiling) -> Any:
+    """Take Relax as far as :func:`lower` goes before kernels are written: one function for each, its loops TVM's.
+
+    Raises:
+        TargetError: TVM fails; one sentence.
+    """
+    tvm = load_tvm()
+    made = tvm_target(target)
+    try:
+        with _quiet_warnings(), tvm.transform.PassContext(opt_level=3), made:
+            return tvm.transform.Sequential(_fusing(tiling))(module)
+    except Exception as error:  # TVM raises errors of every type
+        raise TargetError(f"TVM cannot compile the model: {_sentence(error)}") from None
+
+
+def lower(module: Any, target: Target, tiles: Tiles | None = None) -> tuple[Any, dict[str, KernelEntry]]:
     """Compile Relax to an executable.
+
+    Args:
+        module: Relax.
+        target: what for.
+        tiles: what tuning found.
 
     Returns:
         The executable, and what its kernels are.
@@ -106,11 +127,11 @@ def lower(module: Any, target: Target) -> tuple[Any, dict[str, KernelEntry]]:
     tvm = load_tvm()
     made = tvm_target(target)
     failure = ""
-    for machine in (Machine.of(target), None):
+    for tiling in (Tiling(Machine.of(target), tiles or {}), None):
         try:
             kernels: dict[str, KernelEntry] = {}
             with _quiet_warnings(), tvm.transform.PassContext(opt_level=3):
-                return tvm.compile(module, made, relax_pipeline=_pipeline(made, machine, kernels)), kernels
+                return tvm.compile(module, made, relax_pipeline=_pipeline(made, tiling, kernels)), kernels
         except Exception as error:
             # Our loops are legal, but a later step of TVM may still trip over them; its own loops come next.
             failure = _sentence(error)
@@ -131,12 +152,12 @@ def build_library(executable: Any, output: Path, triple: str) -> None:
     executable.export_library(str(output), fcompile=link)
 
 
-def _pipeline(target: Any, machine: Machine | None, kernels: dict[str, KernelEntry]) -> Any:
+def _pipeline(target: Any, tiling: Tiling | None, kernels: dict[str, KernelEntry]) -> Any:
     """What turns operators into loops and calls; spelled out, because TVM's "default" fuses nothing on a CPU.
 
     Args:
         target: TVM's.
-        machine: what kernels of ours are written for; None for TVM's own.
+        tiling: tiles for kernels of ours; None for TVM's own.
         kernels: filled with what each kernel is.
     """
     tvm = load_tvm()
@@ -145,39 +166,17 @@ def _pipeline(target: Any, machine: Machine | None, kernels: dict[str, KernelEnt
     from onnxslim.targets.kernel_facts import describing
 
     step = relax.transform
-    ours: dict[str, Any] = {}
-    layout, schedule, math = [], [], []
-    if machine is not None:
-        from onnxslim.targets.layout import channels_last
-        from onnxslim.targets.legalize import legalizations
+    schedule, math = [], []
+    if tiling is not None:
         from onnxslim.targets.schedule import schedule_kernels, write_out_math
 
-        ours = legalizations(machine)
-        layout = [channels_last(), step.CanonicalizeBindings(), step.FoldConstant()]
-        schedule = [schedule_kernels(machine)]
+        schedule = [schedule_kernels(tiling.machine)]
         math = [write_out_math()]
 
     @tvm.transform.module_pass(opt_level=0, name="onnxslim")  # type: ignore[untyped-decorator]
     def pipeline(module: Any, _context: Any) -> Any:
         steps = [
-            relax.backend.DispatchSampling(),
-            relax.backend.DispatchSortScan(),
-            # An If leaves the importer without dataflow blocks, in which alone fusion works.
-            step.ConvertToDataflow(),
-            step.CanonicalizeBindings(),
-            step.EliminateCommonSubexpr(),
-            step.FoldBatchnormToConv2D(),
-            step.DecomposeOpsForInference(),
-            step.FoldConstant(),
-            *layout,
-            step.LegalizeOps(ours),
-            step.AnnotateTIROpPattern(),
-            step.FoldConstant(),
-            step.FuseOps(),
-            step.FuseTIR(),
-            step.DeadCodeElimination(),
-            # Reads the loops that TVM made, so it comes before ours.
-            step.RewriteDataflowReshape(),
+            *_fusing(tiling),
             describing(kernels, schedule),
             *math,
             step.ToNonDataflow(),
@@ -195,6 +194,41 @@ def _pipeline(target: Any, machine: Machine | None, kernels: dict[str, KernelEnt
             return tvm.transform.Sequential(steps)(module)
 
     return pipeline
+
+
+def _fusing(tiling: Tiling | None) -> list[Any]:
+    """The part of the pipeline that ends with fused kernels."""
+    from tvm import relax
+
+    step = relax.transform
+    ours: dict[str, Any] = {}
+    layout = []
+    if tiling is not None:
+        from onnxslim.targets.layout import channels_last
+        from onnxslim.targets.legalize import legalizations
+
+        ours = legalizations(tiling)
+        layout = [channels_last(), step.CanonicalizeBindings(), step.FoldConstant()]
+    return [
+        relax.backend.DispatchSampling(),
+        relax.backend.DispatchSortScan(),
+        # An If leaves the importer without dataflow blocks, in which alone fusion works.
+        step.ConvertToDataflow(),
+        step.CanonicalizeBindings(),
+        step.EliminateCommonSubexpr(),
+        step.FoldBatchnormToConv2D(),
+        step.DecomposeOpsForInference(),
+        step.FoldConstant(),
+        *layout,
+        step.LegalizeOps(ours),
+        step.AnnotateTIROpPattern(),
+        step.FoldConstant(),
+        step.FuseOps(),
+        step.FuseTIR(),
+        step.DeadCodeElimination(),
+        # Reads the loops that TVM made, so it comes before ours.
+        step.RewriteDataflowReshape(),
+    ]
 
 
 @contextlib.contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from onnxslim.targets.machine import Machine
 
-__all__ = ["Tile", "best_tile", "spread"]
+__all__ = ["Demand", "Tile", "Tiles", "Tiling", "best_tile", "spread", "tiles_to_try", "workload"]
 
 # Cores of today start two vector multiply-adds and two loads per cycle; a sum can be added to after four.
 _PER_CYCLE = 2
@@ -23,6 +26,51 @@ class Tile:
     vectors: int
 
 
+Tiles: TypeAlias = Mapping[str, Tile]
+"""Tiles that a measurement prefers to those of :func:`best_tile`, by :func:`workload`."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A product for which a tile was asked: the arguments of :func:`best_tile`, and the tile that it got."""
+
+    rows: int | None
+    columns: int
+    tile: Tile
+
+
+@dataclass
+class Tiling:
+    """Chooses the tiles of one model.
+
+    Attributes:
+        machine: the processor.
+        measured: what is taken in place of the choice of :func:`best_tile`.
+        demands: what was asked so far, by workload.
+    """
+
+    machine: Machine
+    measured: Tiles = field(default_factory=dict)
+    demands: dict[str, Demand] = field(default_factory=dict)
+
+    def tile(self, key: str, rows: int | None, columns: int) -> Tile:
+        """The tile for a workload; the other arguments are those of :func:`best_tile`."""
+        chosen = self.measured.get(key) or best_tile(rows, columns, self.machine.lanes(), self.machine)
+        self.demands[key] = Demand(rows, columns, chosen)
+        return chosen
+
+
+def workload(source: Sequence[Any], result: Sequence[Any], **what: Any) -> str:
+    """What the speed of a product's tile depends on, but for the processor.
+
+    Args:
+        source: sizes of the tensor that is read; those that are open are written as their symbols.
+        result: sizes of the tensor that is written.
+        what: kind, window, strides and so on.
+    """
+    return json.dumps({**what, "source": source, "result": result}, sort_keys=True, default=str)
+
+
 def best_tile(rows: int | None, columns: int, lanes: int, machine: Machine) -> Tile:
     """The tile for a product of ``rows`` by ``columns``.
 
@@ -33,19 +81,31 @@ def best_tile(rows: int | None, columns: int, lanes: int, machine: Machine) -> T
         machine: the processor.
     """
     count = math.ceil(columns / lanes)
-    best: tuple[float, int, Tile] | None = None
-    for vectors in range(1, min(count, _WIDEST) + 1):
-        most = _rows_that_fit(vectors, machine.registers)
-        if not most:
-            break
-        panels, rest = divmod(count, vectors)
-        widths = spread(rows, most) if rows is not None else [most]
-        cycles = sum(panels * _cycles(width, vectors) + (_cycles(width, rest) if rest else 0) for width in widths)
-        cost = (round(cycles / sum(widths), 6), -vectors)
-        if best is None or cost < best[:2]:
-            best = (*cost, Tile(max(widths), vectors))
-    assert best is not None
-    return best[2]
+    costs = (
+        _cost(rows, count, vectors, most)
+        for vectors in range(1, min(count, _WIDEST) + 1)
+        if (most := _rows_that_fit(vectors, machine.registers))
+    )
+    return min(costs, key=lambda found: found[:2])[2]
+
+
+def tiles_to_try(rows: int | None, columns: int, lanes: int, machine: Machine) -> list[Tile]:
+    """Every tile that fits the registers, from the one that should be fastest on; arguments as of :func:`best_tile`."""
+    count = math.ceil(columns / lanes)
+    costs = [
+        _cost(rows, count, vectors, most)
+        for vectors in range(1, min(count, _WIDEST) + 1)
+        for most in range(_rows_that_fit(vectors, machine.registers), 0, -1)
+    ]
+    return list(dict.fromkeys(tile for _, _, tile in sorted(costs, key=lambda found: found[:2])))
+
+
+def _cost(rows: int | None, count: int, vectors: int, most: int) -> tuple[float, int, Tile]:
+    """Cycles for a row, a number that prefers wide tiles, and the tile of at most ``most`` rows."""
+    panels, rest = divmod(count, vectors)
+    widths = spread(rows, most) if rows is not None else [most]
+    cycles = sum(panels * _cycles(width, vectors) + (_cycles(width, rest) if rest else 0) for width in widths)
+    return round(cycles / sum(widths), 6), -vectors, Tile(max(widths), vectors)
 
 
 def spread(size: int, most: int) -> list[int]:
