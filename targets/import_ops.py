@@ -12,6 +12,8 @@ import numpy as np
 from tvm import relax
 from tvm.ir import GenericConst
 
+from onnxslim.targets.emit import known
+
 __all__ = ["CONVERTERS"]
 
 Converter = Callable[[Any, list[Any], dict[str, Any], int], Any]
@@ -50,5 +52,42 @@ def _pad(builder: Any, inputs: list[Any], attributes: dict[str, Any], opset: int
     return builder.emit(relax.op.nn.pad(data, [int(width) for width in widths.T.reshape(-1)], "constant", number))
 
 
-CONVERTERS: dict[str, Converter] = {"Clip": _clip, "Pad": _pad}
+def _same_pool(average: bool) -> Converter:
+    """Pools that pad as much as keeps the size; TVM's converter rounds it down for SAME_LOWER and needs it known."""
+
+    def convert(builder: Any, inputs: list[Any], attributes: dict[str, Any], opset: int) -> Any | None:
+        mode = attributes.get("auto_pad", b"NOTSET").decode()
+        kernel, rank = attributes["kernel_shape"], len(attributes["kernel_shape"])
+        strides, ones = attributes.get("strides", [1] * rank), [1] * rank
+        # Runtimes disagree on what dilations mean here.
+        if mode not in ("SAME_UPPER", "SAME_LOWER") or rank > 3 or list(attributes.get("dilations", ones)) != ones:
+            return None
+        before, after = [], []
+        for size, window, stride in zip(list(inputs[0].ty.shape)[2:], kernel, strides, strict=True):
+            padding = _same_padding(known(size), window, stride)
+            if padding is None:
+                return None
+            less = padding // 2
+            before.append(padding - less if mode == "SAME_LOWER" else less)
+            after.append(less if mode == "SAME_LOWER" else padding - less)
+        pool = getattr(relax.op.nn, f"{'avg' if average else 'max'}_pool{rank}d")
+        counted = bool(attributes.get("count_include_pad", 0))
+        return builder.emit(pool(inputs[0], kernel, strides, [*before, *after], ones, False, counted))
+
+    return convert
+
+
+def _same_padding(size: int | None, window: int, stride: int) -> int | None:
+    """All padding of an axis; None where it depends on a size that is open."""
+    if stride == 1:
+        return window - 1
+    return None if size is None else max((-(-size // stride) - 1) * stride + window - size, 0)
+
+
+CONVERTERS: dict[str, Converter] = {
+    "AveragePool": _same_pool(average=True),
+    "Clip": _clip,
+    "MaxPool": _same_pool(average=False),
+    "Pad": _pad,
+}
 """By op; a converter that returns None leaves the node to TVM's."""
