@@ -204,6 +204,9 @@ class _Walk:
                 self.plain[binding.var] = self.builder.match_cast(self.get(binding.value), binding.ty)
                 continue
             value = binding.value
+            if isinstance(value, relax.TupleGetItem) and value.tuple_value in self.last_parts:
+                self.last[binding.var] = self.last_parts[value.tuple_value][int(value.index)]
+                continue
             rule = self.rules.get(_op_name(value))
             if rule is None or not rule(binding.var, value):
                 self.plain[binding.var] = self.builder.emit(self._plain_expression(value))
@@ -265,8 +268,6 @@ class _Walk:
             def visit_dataflow_var_(self, variable: Any) -> Any:
                 return walk.get(variable)
 
-        if isinstance(value, relax.TupleGetItem) and value.tuple_value in self.last_parts:
-            return self.get(value)
         return Mutator().visit_expr(value)
 
     def _set(self, variable: Any, value: Any) -> bool:
