@@ -32,6 +32,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but er
 Shapes = Annotated[
     list[str] | None, typer.Option("--shape", metavar="NAME=1,3,224,224", help="sizes for a dynamic input; repeatable")
 ]
+Tune = Annotated[str | None, typer.Option(metavar="TIME", help="spend this on faster kernels, such as 10min")]
 Threads = Annotated[int, typer.Option(min=0, help="threads for measuring; 0: one for each core")]
 
 
@@ -167,6 +168,7 @@ def optimize(
     target: Annotated[
         list[str] | None, typer.Option(help="compile for this; repeatable; see `onnxslim targets`")
     ] = None,
+    tune: Tune = None,
     max_accuracy_drop: Annotated[float | None, typer.Option(help="goal: largest loss against the original")] = None,
     min_accuracy: Annotated[float | None, typer.Option(help="goal: smallest score of the result")] = None,
     max_size: Annotated[str | None, typer.Option(help="goal: largest file, such as '2 MB'")] = None,
@@ -184,6 +186,8 @@ def optimize(
     from onnxslim.recipe import read_recipe
 
     recipe = read_recipe(source) if source.suffix.lower() == ".toml" else None
+    if tune is not None and not target:
+        raise RecipeError("--tune: there is no --target to tune for; in a recipe, write tune under [[target]].")
     goals = {
         "max_accuracy_drop": max_accuracy_drop,
         "min_accuracy": min_accuracy,
@@ -201,7 +205,7 @@ def optimize(
         evaluation=evaluation,
         metric=metric,
         passes=[_pass_table(text) for text in passes] if passes else None,
-        targets=target or None,
+        targets=[{"name": name, "tune": tune} for name in target] if target else None,
         goals=goals,
         shapes=_shapes(shape),
         threads=threads,
@@ -241,6 +245,7 @@ def compile(
     model: ModelFile,
     target: Annotated[str, typer.Option(help="what to compile for; see `onnxslim targets`")] = "native",
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="the bundle")] = Path("bundle"),
+    tune: Tune = None,
     shape: Shapes = None,
     threads: Threads = 0,
     as_json: Json = False,
@@ -249,9 +254,14 @@ def compile(
     """Compile a model for a target with TVM, verify it and bundle it."""
     from onnxslim.deploy import deploy_file
     from onnxslim.goals import EXIT_CODES
+    from onnxslim.recipe import parse_seconds
 
+    options: dict[str, Any] = {
+        "shapes": _shapes(shape),
+        "tune": None if tune is None else parse_seconds(tune, "--tune"),
+    }
     with show.progress_bar(Console(stderr=True), shown=not (quiet or as_json)) as progress:
-        entry = deploy_file(model, target, shapes=_shapes(shape), output=output, threads=threads, progress=progress)
+        entry = deploy_file(model, target, output=output, threads=threads, progress=progress, **options)
     _emit(entry, as_json=as_json, quiet=quiet, printer=lambda out, found: show.print_targets_of(out, [found]))
     raise typer.Exit(EXIT_CODES["not met"] if entry.status == "failed" else 0)
 

@@ -23,6 +23,8 @@ _MADE_UP_FEEDS = 3
 Scorer = Callable[[Bundle, float], tuple[Score | None, list[str]]]
 """Takes a bundle and its milliseconds for one inference; returns its score, or why there is none."""
 
+Progress = Callable[[str, int, int], None]
+
 _LATENCY_SECONDS = 15.0
 
 
@@ -35,6 +37,8 @@ def deploy(
     feeds: Sequence[Feed],
     threads: int,
     scorer: Scorer | None = None,
+    tune: float | None = None,
+    progress: Progress | None = None,
 ) -> TargetEntry:
     """Compile a model file into ``output`` and measure what can be measured here.
 
@@ -46,6 +50,8 @@ def deploy(
         feeds: samples to verify on; the first one is timed.
         threads: threads for both runtimes.
         scorer: scores a bundle that runs here.
+        tune: seconds for tuning, as of :func:`~onnxslim.targets.compile`.
+        progress: called as ``progress(what, done, total)`` while tuning.
 
     Raises:
         TargetError: TVM cannot compile the model, for a reason other than an op that it lacks.
@@ -60,7 +66,7 @@ def deploy(
             reason=f"TVM cannot import: {names}",
             unsupported_ops=lacking,
         )
-    bundle = compile(model_path, target, shapes=shapes, output=output)
+    bundle = compile(model_path, target, shapes=shapes, output=output, tune=tune, progress=progress)
     entry = TargetEntry(
         name=target.name,
         description=target.description,
@@ -102,7 +108,8 @@ def deploy_file(
     shapes: dict[str, list[int]],
     output: Path,
     threads: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
+    tune: float | None = None,
 ) -> TargetEntry:
     """Compile one model file outside of a run, and verify and time it on made-up inputs.
 
@@ -122,7 +129,16 @@ def deploy_file(
             continue
         feeds.append(feed)
     progress(f"compiling for {target_name}", 0, 0)
-    entry = deploy(model_path, target, shapes=shapes, output=output, feeds=feeds, threads=threads)
+    entry = deploy(
+        model_path,
+        target,
+        shapes=shapes,
+        output=output,
+        feeds=feeds,
+        threads=threads,
+        tune=tune,
+        progress=progress,
+    )
     if entry.status == "unsupported":
         nodes = "; ".join(f"{op}: {', '.join(names)}" for op, names in entry.unsupported_ops.items())
         raise TargetError(f"{model_path}: {entry.reason}. Nodes: {nodes}.")

@@ -218,6 +218,11 @@ def _check_needs(inputs: Inputs) -> None:
                 f"goal max_latency of target {target.name} cannot be met on this machine, which cannot run its code at "
                 "its speed: run on such a device, or leave the goal out."
             )
+        if options.tune is not None and not runs_here(target):
+            raise RecipeError(
+                f"target {target.name} cannot be tuned for on this machine, which cannot run its code: "
+                "run on such a device, or leave tune out."
+            )
     for goal in ("max_accuracy_drop", "min_accuracy"):
         if getattr(recipe.goals, goal) is not None and inputs.scored is None:
             raise RecipeError(f"goal {goal} cannot be measured without data: give evaluation or calibration data.")

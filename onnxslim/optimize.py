@@ -321,8 +321,10 @@ class _Job:
         self.progress(f"compiling for {target.name}", 0, 0)
         shapes, notes = self._target_shapes()
         folder = self.folder / "targets" / target.name
+        tune = next(options.tune for options in self.recipe.targets if options.name == target.name)
         key = content_key(
             target=target.model_dump(mode="json"),
+            tune=tune,
             model=sha256,
             shapes=shapes,
             stage=stage.key,
@@ -345,6 +347,8 @@ class _Job:
                 feeds=feeds,
                 threads=self.threads,
                 scorer=self._score_bundle,
+                tune=tune,
+                progress=self.progress,
             )
         except Exception as error:  # one target must not cost the run; the record names what happened
             shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tomlkit
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from onnxslim.errors import RecipeError
 from onnxslim.model import atomic_write
@@ -26,26 +35,39 @@ __all__ = [
     "Lock",
     "Milliseconds",
     "Recipe",
+    "Seconds",
     "TargetOptions",
     "make_recipe",
+    "parse_seconds",
     "read_recipe",
     "write_lock",
 ]
 
 _TIME_UNITS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1000.0}
+_LONG_TIME_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
 def _milliseconds(value: Any) -> Any:
     """Read '5 ms', '800 us' or '1.5 s'; a bare number is milliseconds."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*(us|µs|ms|s)\s*", value)
-    if match is None:
-        raise ValueError("write a time with its unit, such as '5 ms' or '1.5 s'")
-    return float(match[1]) * _TIME_UNITS[match[2]]
+    return _time(value, _TIME_UNITS, "'5 ms' or '1.5 s'")
+
+
+def _seconds(value: Any) -> Any:
+    """Read '90 s', '10 min' or '1 h'; a bare number is seconds."""
+    return _time(value, _LONG_TIME_UNITS, "'90 s' or '10 min'") if isinstance(value, str) else value
+
+
+def _time(text: str, units: dict[str, float], example: str) -> float:
+    match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-zµ]+)\s*", text)
+    if match is None or match[2] not in units:
+        raise ValueError(f"write a time with its unit, such as {example}")
+    return float(match[1]) * units[match[2]]
 
 
 Milliseconds = Annotated[float, BeforeValidator(_milliseconds), Field(gt=0)]
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0, allow_inf_nan=False)]
 
 
 class _Options(BaseModel):
@@ -82,6 +104,9 @@ class TargetOptions(_Options):
 
     name: str
     max_latency: Milliseconds | None = Field(default=None, description="longest median time of the compiled model")
+    tune: Seconds | None = Field(
+        default=None, description="time to spend on faster tiles for its kernels, such as '10 min', on such a device"
+    )
 
 
 class Lock(_Options):
@@ -175,6 +200,18 @@ def _known_keys(loc: list[str]) -> list[str]:
     table = tables.get(loc[0]) if loc else Recipe
     prefix = f"{loc[0]}." if loc else ""
     return [prefix + (field.alias or name) for name, field in table.model_fields.items()] if table else []
+
+
+def parse_seconds(text: str, origin: str) -> float:
+    """Read a time such as '10 min'; ``origin`` names it in messages.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    try:
+        return float(TypeAdapter(Seconds).validate_python(text))
+    except ValidationError as error:
+        raise RecipeError(f"{origin} {text}: {error.errors()[0]['msg'].removeprefix('Value error, ')}.") from None
 
 
 def write_lock(recipe: Recipe, path: Path) -> None:

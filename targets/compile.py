@@ -8,8 +8,10 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from onnx import ModelProto
 
@@ -25,6 +27,8 @@ from onnxslim.targets.link import build_executable
 from onnxslim.targets.lower import build_library, import_model, lower, output_signature
 from onnxslim.targets.prepare import Prepared, Tensor, as_proto, prepare
 from onnxslim.targets.runtime_libs import runtime_libraries
+from onnxslim.targets.tune import Tuning, check_tunable
+from onnxslim.targets.tune import tune as run_tuning
 
 __all__ = ["compile"]
 
@@ -40,6 +44,8 @@ def compile(
     *,
     shapes: dict[str, list[int]] | None = None,
     output: str | Path | None = None,
+    tune: float | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Bundle:
     """Compile ``model`` for ``target`` and write a bundle.
 
@@ -52,34 +58,51 @@ def compile(
         shapes: sizes of dynamic inputs, by input name. What stays open costs speed, and not every op can have it.
         output: folder to write, whole or not at all; a bundle that is there is replaced. Without it the bundle lives in
             a temporary folder as long as the returned object.
+        tune: seconds to spend on measuring other tiles for convolutions and matrix products on this machine. What is
+            found is kept in the user's cache folder, from where the next tuning goes on; 0 takes what is there. None:
+            nothing is measured, and nothing taken from there, so that the same model becomes the same library.
+        progress: called while tuning as ``progress(what, seconds so far, seconds)``.
 
     Raises:
         ModelError: the model cannot be read.
-        TargetError: the target is unknown, or cannot take this model: the message names ops and nodes.
+        TargetError: the target is unknown, or cannot take this model: the message names ops and nodes; or it is to be
+            tuned for and cannot run here.
         OutputError: ``output`` cannot be written.
     """
     target = resolve_target(find_target(target) if isinstance(target, str) else target)
+    if tune is not None:
+        check_tunable(target)
     digest = _model_sha256(model)
     owner = None
     if output is None:
         owner = tempfile.TemporaryDirectory(prefix="onnxslim-bundle-")
         output = Path(owner.name) / "bundle"
     output = Path(output)
-    _build(model, target, shapes or {}, output, digest)
+
+    def tuned(module: Any) -> Tuning:
+        return Tuning() if tune is None else run_tuning(module, target, tune, progress=progress)
+
+    _build(model, target, shapes or {}, output, digest, tuned)
     bundle = Bundle.load(output)
     bundle._owner = owner
     return bundle
 
 
 def _build(
-    model: Model | ModelProto | str | Path, target: Target, shapes: dict[str, list[int]], output: Path, digest: str
+    model: Model | ModelProto | str | Path,
+    target: Target,
+    shapes: dict[str, list[int]],
+    output: Path,
+    digest: str,
+    tuned: Callable[[Any], Tuning],
 ) -> None:
     start = time.perf_counter()
     prepared = prepare(as_proto(model), shapes)
     _refuse(prepared, target)
     try:
         module = import_model(prepared)
-        executable, kernels = lower(module, target)
+        tuning = tuned(module)
+        executable, kernels = lower(module, target, tuning.tiles)
     except TargetError as error:
         raise TargetError(f"{error}{_open_axes(prepared)}") from None
     outputs = [
@@ -89,7 +112,7 @@ def _build(
     with bundles.new_folder(output) as stage:
         build_library(executable, stage / LIBRARY, target.link)
         seconds = time.perf_counter() - start
-        notes = prepared.notes + _add_runtime(stage, target)
+        notes = [*prepared.notes, *tuning.notes, *_add_runtime(stage, target)]
         manifest = Manifest(
             model_sha256=digest,
             target=target,

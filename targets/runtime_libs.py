@@ -14,14 +14,18 @@ from pathlib import Path
 from onnxslim.errors import TargetError
 from onnxslim.targets._tvm import PINS, installed_runtime
 
-__all__ = ["fetch_runtime", "runtime_libraries"]
+__all__ = ["fetch_runtime", "runtime_libraries", "user_cache"]
 
 _PATHS = {"apache-tvm": "tvm/lib/libtvm_runtime.so", "apache-tvm-ffi": "tvm_ffi/lib/libtvm_ffi.so"}
 
 
+def user_cache() -> Path:
+    """The folder of what is kept from one command to the next; it may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onnxslim"
+
+
 def _cache_folder(machine: str) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "onnxslim" / f"tvm-runtime-{PINS['apache-tvm']}-{PINS['apache-tvm-ffi']}-{machine}"
+    return user_cache() / f"tvm-runtime-{PINS['apache-tvm']}-{PINS['apache-tvm-ffi']}-{machine}"
 
 
 def runtime_libraries(machine: str) -> list[Path]:

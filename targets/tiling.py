@@ -16,6 +16,8 @@ __all__ = ["Demand", "Tile", "Tiles", "Tiling", "best_tile", "spread", "tiles_to
 _PER_CYCLE = 2
 _LATENCY = 4
 _WIDEST = 8
+# How far the model may be mistaken: what it takes for this much slower than the best is not worth a measurement.
+_DOUBTFUL = 1.15
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,16 @@ def best_tile(rows: int | None, columns: int, lanes: int, machine: Machine) -> T
 
 
 def tiles_to_try(rows: int | None, columns: int, lanes: int, machine: Machine) -> list[Tile]:
-    """Every tile that fits the registers, from the one that should be fastest on; arguments as of :func:`best_tile`."""
+    """The tiles that fit the registers and may be fastest, the likely ones first; arguments as of :func:`best_tile`."""
     count = math.ceil(columns / lanes)
     costs = [
         _cost(rows, count, vectors, most)
         for vectors in range(1, min(count, _WIDEST) + 1)
         for most in range(_rows_that_fit(vectors, machine.registers), 0, -1)
     ]
-    return list(dict.fromkeys(tile for _, _, tile in sorted(costs, key=lambda found: found[:2])))
+    limit = _DOUBTFUL * min(cost for cost, _, _ in costs)
+    ranked = sorted(costs, key=lambda found: found[:2])
+    return list(dict.fromkeys(tile for cost, _, tile in ranked if cost <= limit))
 
 
 def _cost(rows: int | None, count: int, vectors: int, most: int) -> tuple[float, int, Tile]:
