@@ -102,7 +102,7 @@ def _build(
     try:
         module = import_model(prepared)
         tuning = tuned(module)
-        executable, kernels = lower(module, target, tuning.tiles)
+        lowered = lower(module, target, tuning.tiles)
     except TargetError as error:
         raise TargetError(f"{error}{_open_axes(prepared)}") from None
     outputs = [
@@ -110,9 +110,9 @@ def _build(
         for tensor, (dtype, shape) in zip(prepared.outputs, output_signature(module), strict=True)
     ]
     with bundles.new_folder(output) as stage:
-        build_library(executable, stage / LIBRARY, target.link)
+        build_library(lowered.executable, stage / LIBRARY, target.link)
         seconds = time.perf_counter() - start
-        notes = [*prepared.notes, *tuning.notes, *_add_runtime(stage, target)]
+        notes = [*prepared.notes, *tuning.notes, *lowered.notes, *_add_runtime(stage, target)]
         manifest = Manifest(
             model_sha256=digest,
             target=target,
@@ -122,7 +122,7 @@ def _build(
             requires=dict(PINS),
             compile_seconds=round(seconds, 3),
             notes=notes,
-            kernels=kernels,
+            kernels=lowered.kernels,
             files={},
         )
         (stage / "README.txt").write_text(

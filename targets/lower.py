@@ -8,6 +8,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,25 @@ from onnxslim.targets.machine import Machine
 from onnxslim.targets.prepare import Prepared, opset_of
 from onnxslim.targets.tiling import Tiles, Tiling
 
-__all__ = ["Signature", "build_library", "fuse", "import_model", "lower", "output_signature"]
+__all__ = ["Lowered", "Signature", "build_library", "fuse", "import_model", "lower", "output_signature"]
 
 Signature = list[tuple[str, tuple[int | str, ...]]]
 """dtype and sizes of each output, in order."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A compiled model.
+
+    Attributes:
+        executable: TVM's, in memory.
+        kernels: what its kernels are, by name.
+        notes: what the user should know.
+    """
+
+    executable: Any
+    kernels: dict[str, KernelEntry]
+    notes: list[str] = field(default_factory=list)
 
 
 class _NodeError(Exception):
@@ -110,7 +126,7 @@ def fuse(module: Any, target: Target, tiling: Tiling) -> Any:
         raise TargetError(f"TVM cannot compile the model: {_sentence(error)}") from None
 
 
-def lower(module: Any, target: Target, tiles: Tiles | None = None) -> tuple[Any, dict[str, KernelEntry]]:
+def lower(module: Any, target: Target, tiles: Tiles | None = None) -> Lowered:
     """Compile Relax to an executable.
 
     Args:
@@ -118,23 +134,22 @@ def lower(module: Any, target: Target, tiles: Tiles | None = None) -> tuple[Any,
         target: what for.
         tiles: what tuning found.
 
-    Returns:
-        The executable, and what its kernels are.
-
     Raises:
         TargetError: TVM fails; one sentence.
     """
     tvm = load_tvm()
     made = tvm_target(target)
-    failure = ""
+    failure, notes = "", []
     for tiling in (Tiling(Machine.of(target), tiles or {}), None):
         try:
             kernels: dict[str, KernelEntry] = {}
             with _quiet_warnings(), tvm.transform.PassContext(opt_level=3):
-                return tvm.compile(module, made, relax_pipeline=_pipeline(made, tiling, kernels)), kernels
+                executable = tvm.compile(module, made, relax_pipeline=_pipeline(made, tiling, kernels))
+            return Lowered(executable, kernels, notes)
         except Exception as error:
             # Our loops are legal, but a later step of TVM may still trip over them; its own loops come next.
             failure = _sentence(error)
+            notes = [f"compiled with TVM's own loops, many times slower, since ours failed: {failure}"]
     raise TargetError(f"TVM cannot compile the model: {failure}")
 
 

@@ -411,3 +411,16 @@ def test_other_processors_compute_the_same(name, tmp_path):
         assert not (emulator(target) and runtime_libraries(target.machine))
         pytest.skip(found.detail)
     assert found.ok, found.detail
+
+
+def test_a_failure_of_our_loops_is_told(monkeypatch):
+    """TVM's own loops are many times slower, so nobody should take them for ours."""
+    from onnxslim.targets import layout
+
+    def fail():
+        raise ValueError("no such layout")
+
+    monkeypatch.setattr(layout, "channels_last", fail)
+    bundle = compile_model(small_network())
+    assert [note for note in bundle.notes if "TVM's own loops" in note and "no such layout" in note]
+    assert all(kernel.writer == "tvm" for kernel in bundle.manifest.kernels.values())

@@ -44,9 +44,9 @@ def run(native, build, *inputs, open_axes=(), again=()):
         with builder.dataflow():
             results = builder.emit_output(relax.Tuple([builder.normalize(each) for each in build(*variables)]))
         builder.emit_func_output(results)
-    executable, kernels = lower(builder.get(), native)
-    assert [name for name, kernel in kernels.items() if kernel.writer != "onnxslim"] == []
-    machine_code = relax.VirtualMachine(executable, tvm.cpu())
+    lowered = lower(builder.get(), native)
+    assert [name for name, kernel in lowered.kernels.items() if kernel.writer != "onnxslim"] == []
+    machine_code = relax.VirtualMachine(lowered.executable, tvm.cpu())
     found = [
         [each.numpy() for each in machine_code["main"](*map(tvm.runtime.tensor, feed))] for feed in (inputs, *again)
     ]
