@@ -80,6 +80,7 @@ def prepare(proto: ModelProto, shapes: dict[str, list[int]] | None = None) -> Pr
     _constants_to_initializers(proto.graph)
     _drop_empty_attributes(proto.graph)
     _pin_shapes(proto.graph, shapes or {})
+    proto = _inline_definitions(proto, labels)
     _fold(proto)
     _modern_resize(proto)
     _remove_dead(proto.graph)
@@ -126,6 +127,40 @@ def _inline_functions(proto: ModelProto) -> ModelProto:
         names = ", ".join(sorted(function.name for function in proto.functions)[:3])
         first = next(iter(str(error).splitlines()), "")
         raise TargetError(f"local functions ({names}) cannot be inlined: {first}") from None
+
+
+# Ops that TVM's importer lacks, and that the specification defines by others that it has.
+_DEFINED = frozenset({
+    "Celu", "CenterCropPad", "NegativeLogLikelihoodLoss", "RotaryEmbedding", "SoftmaxCrossEntropyLoss", "SwiGLU",
+    "Swish",
+})  # fmt: skip
+
+
+def _inline_definitions(proto: ModelProto, labels: dict[str, str]) -> ModelProto:
+    """Put the definitions of ops that TVM lacks in their place; ``labels`` gets what to call the new nodes."""
+    ops = {node.op_type for body in nested_graphs(proto.graph) for node in body.node if node.domain in ("", "ai.onnx")}
+    inferred = _infer(proto) if ops & _DEFINED else None
+    if inferred is None:
+        return proto
+    from onnx import inliner
+
+    # Some definitions depend on the types and ranks of what they are given.
+    for body, known in zip(nested_graphs(proto.graph), nested_graphs(inferred.graph), strict=True):
+        del body.value_info[:]
+        body.value_info.extend(known.value_info)
+        body.value_info.extend(
+            helper.make_tensor_value_info(each.name, each.data_type, each.dims) for each in body.initializer
+        )
+    try:
+        inlined = inliner.inline_selected_functions(
+            proto, [("", name) for name in sorted(_DEFINED)], inline_schema_functions=True
+        )
+    except (RuntimeError, ValueError):
+        return proto
+    for name, label in _name_nodes(inlined.graph).items():
+        labels.setdefault(name, label)
+    _constants_to_initializers(inlined.graph)
+    return inlined
 
 
 def _fix_overridable(graph: GraphProto) -> list[str]:
@@ -344,10 +379,10 @@ def _infer(proto: ModelProto) -> ModelProto | None:
 # Cheap, deterministic, and the same in the reference evaluator as in a runtime.
 # fmt: off
 _FOLDABLE = frozenset({
-    "Abs", "Add", "And", "Cast", "CastLike", "Ceil", "Clip", "Concat", "ConstantOfShape", "DequantizeLinear", "Div",
-    "Equal", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Greater", "GreaterOrEqual",
-    "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pad", "Pow", "QuantizeLinear",
-    "Range",
+    "Abs", "Add", "And", "BlackmanWindow", "Cast", "CastLike", "Ceil", "Clip", "Concat", "ConstantOfShape",
+    "DequantizeLinear", "Div", "Equal", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND",
+    "Greater", "GreaterOrEqual", "HammingWindow", "HannWindow", "Identity", "Less", "LessOrEqual", "Max",
+    "MelWeightMatrix", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pad", "Pow", "QuantizeLinear", "Range",
     "Reciprocal", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "ScatterElements", "ScatterND",
     "Shape", "Size", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tile", "Transpose", "Unsqueeze", "Where",
 })
