@@ -32,9 +32,6 @@ from onnxslim.targets.tune import tune as run_tuning
 
 __all__ = ["compile"]
 
-# Part of the cache key: raise it when the same model would become another library.
-_PIPELINE = 1
-
 _COPY_RUNTIME = "(first copy libtvm_runtime.so and libtvm_ffi.so out of these packages into this folder)\n  "
 
 
@@ -100,7 +97,7 @@ def _build(
     prepared = prepare(as_proto(model), shapes)
     _refuse(prepared, target)
     try:
-        module = import_model(prepared)
+        module = import_model(prepared, target)
         tuning = tuned(module)
         lowered = lower(module, target, tuning.tiles)
     except TargetError as error:

@@ -16,6 +16,8 @@ __all__ = ["scan", "unsupported_ops"]
 
 # The importer handles these itself, outside of its table of ops.
 _HANDLED = frozenset({"Constant", "If"})
+# Converters of ours (see import_ops.py) for what TVM's lacks, and the activations that they know.
+_RECURRENT = {"GRU": ("sigmoid", "tanh"), "LSTM": ("sigmoid", "tanh", "tanh"), "RNN": ("tanh",)}
 # The importer crashes on them, or has no such type.
 _NARROW = {
     int(getattr(TensorProto, name)): name.lower()
@@ -47,7 +49,7 @@ def unsupported_ops(
 
 def scan(prepared: Prepared) -> dict[str, list[str]]:
     """As :func:`unsupported_ops`, of a model that is prepared already."""
-    known = _HANDLED | set(_convert_map())
+    known = _HANDLED | set(_RECURRENT) | set(_convert_map())
     found: dict[str, list[str]] = {}
     for tensor in (*prepared.inputs, *prepared.outputs):
         if tensor.dtype in ("sequence", "optional", "map", "sparse_tensor", "string", "complex64", "complex128"):
@@ -91,6 +93,8 @@ def _problem(node: NodeProto, known: frozenset[str] | set[str], narrow: dict[str
             return f"{node.op_type} ({_NARROW[attributes['output_dtype'].i]} output)"
     if node.op_type == "Cast" and attributes["to"].i in _NARROW:
         return f"Cast (to {_NARROW[attributes['to'].i]})"
+    if node.op_type in _RECURRENT:
+        return _recurrent_problem(node, attributes)
     if node.op_type == "Resize":
         # The importer takes no notice of these, so the result would be wrong.
         ignored = [name for name in ("antialias", "axes", "keep_aspect_ratio_policy") if name in attributes]
@@ -99,6 +103,26 @@ def _problem(node: NodeProto, known: frozenset[str] | set[str], narrow: dict[str
     if node.op_type == "Constant":
         return "Constant (string)" if "value_string" in attributes or "value_strings" in attributes else None
     return None
+
+
+def _recurrent_problem(node: NodeProto, attributes: dict[str, AttributeProto]) -> str | None:
+    """What of a recurrent node has no kernel."""
+    given = [*node.input, *[""] * 8]
+    usual = _RECURRENT[node.op_type]
+    activations = (
+        [name.decode().lower() for name in attributes["activations"].strings] if "activations" in attributes else []
+    )
+    parts = [tuple(activations[at : at + len(usual)]) for at in range(0, len(activations), len(usual))]
+    allowed = {("tanh",), ("sigmoid",), ("relu",)} if node.op_type == "RNN" else {usual}
+    unusual = {
+        "sequence_lens": bool(given[4]),
+        "peepholes": bool(given[7]),
+        "clip": "clip" in attributes,
+        "input_forget": "input_forget" in attributes and attributes["input_forget"].i != 0,
+        f"activations {', '.join(activations)}": not set(parts) <= allowed,
+    }
+    found = [name for name, is_so in unusual.items() if is_so]
+    return f"{node.op_type} ({', '.join(found)})" if found else None
 
 
 def _is_set(attribute: AttributeProto) -> bool:

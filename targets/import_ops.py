@@ -13,8 +13,10 @@ from tvm import relax
 from tvm.ir import GenericConst
 
 from onnxslim.targets.emit import known
+from onnxslim.targets.import_recurrent import recurrent
+from onnxslim.targets.machine import Machine
 
-__all__ = ["CONVERTERS"]
+__all__ = ["converters"]
 
 Converter = Callable[[Any, list[Any], dict[str, Any], int], Any]
 
@@ -84,10 +86,12 @@ def _same_padding(size: int | None, window: int, stride: int) -> int | None:
     return None if size is None else max((-(-size // stride) - 1) * stride + window - size, 0)
 
 
-CONVERTERS: dict[str, Converter] = {
-    "AveragePool": _same_pool(average=True),
-    "Clip": _clip,
-    "MaxPool": _same_pool(average=False),
-    "Pad": _pad,
-}
-"""By op; a converter that returns None leaves the node to TVM's."""
+def converters(machine: Machine) -> dict[str, Converter]:
+    """By op; a converter that returns None leaves the node to TVM's."""
+    return {
+        "AveragePool": _same_pool(average=True),
+        "Clip": _clip,
+        "MaxPool": _same_pool(average=False),
+        "Pad": _pad,
+        **{op: recurrent(op, machine) for op in ("GRU", "LSTM", "RNN")},
+    }

@@ -12,6 +12,7 @@ from compiled_nets import Net, array, check
 from onnx import TensorProto, helper, numpy_helper
 from onnx.backend.test.loader import load_model_tests
 
+from onnxslim.errors import TargetError
 from onnxslim.targets import compile as compile_model
 
 
@@ -26,15 +27,17 @@ def read(value):
     return numpy_helper.to_array(value) if isinstance(value, TensorProto) else np.asarray(value)
 
 
-def check_node_test(name):
-    """Compile a test of the specification and compare every output with what it wants."""
+def check_node_test(name, constants=None):
+    """Compile a test of the specification and compare every output with what it wants.
+
+    Whole numbers are constants, since sizes and indices are so in models, and all inputs from number ``constants`` on.
+    """
     test = node_tests()[name]
     inputs, wanted = (list(map(read, values)) for values in test.data_sets[0])
     model = onnx.ModelProto()
     model.CopyFrom(test.model)
-    # Sizes and indices are constants in models; only numbers that are computed are fed.
-    for value, given in list(zip(model.graph.input, inputs, strict=True)):
-        if given.dtype.kind in "iu":
+    for place, (value, given) in enumerate(list(zip(model.graph.input, inputs, strict=True))):
+        if given.dtype.kind in "iu" or (constants is not None and place >= constants):
             model.graph.initializer.append(numpy_helper.from_array(given, value.name))
             model.graph.input.remove(value)
     feed = {
@@ -89,3 +92,82 @@ def test_an_op_inside_a_branch_is_defined_by_others_too():
     graph = helper.make_graph([helper.make_node("If", ["flag"], ["y"], **branches)], "net", [flag, x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     check(model, [np.array(True), array(3, 5)], [np.array(False), array(4, 5)])
+
+
+# ------------------------------------------------------------------------------------------------------- recurrent ops
+
+_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+
+
+def recurrent(op, hidden, sizes=(7, 1, 5), *, bias=True, states=False, open_sizes=False, layout=0, **attributes):
+    """A recurrent op with all of its outputs, [steps, batch, inputs] unless ``layout`` is 1."""
+    net = Net(opset=14)
+    steps, batch, inputs = sizes
+    count, rows = 1 + (attributes.get("direction") == "bidirectional"), _GATES[op] * hidden
+    shape = ("steps", "batch") if open_sizes else (steps, batch)
+    names = [net.input(*(shape[::-1] if layout else shape), inputs)]
+    scale = np.float32(1 / np.sqrt(hidden))
+    names += [net.constant(array(count, rows, size) * scale) for size in (inputs, hidden)]
+    names += [net.constant(array(count, 2 * rows)) if bias else "", ""]
+    feeds = [array(batch, steps, inputs) if layout else array(steps, batch, inputs)]
+    if states:
+        for _ in range(2 if op == "LSTM" else 1):
+            state = (batch, count, hidden) if layout else (count, batch, hidden)
+            names.append(net.input(*state))
+            feeds.append(array(*state))
+    outputs = ["every", "last", "cell"][: 3 if op == "LSTM" else 2]
+    if layout:
+        attributes["layout"] = layout
+    net.nodes.append(helper.make_node(op, names, outputs, hidden_size=hidden, **attributes))
+    return net.model(*outputs), feeds
+
+
+@pytest.mark.parametrize("op", _GATES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"hidden": 16},
+        {"hidden": 19, "sizes": (5, 3, 17), "bias": False, "direction": "reverse"},
+        {"hidden": 33, "sizes": (1, 2, 4), "states": True, "direction": "bidirectional"},
+        {"hidden": 3, "sizes": (9, 2, 1), "states": True},
+    ],
+)
+def test_recurrent_ops(op, case):
+    model, feeds = recurrent(op, **case)
+    check(model, feeds)
+
+
+@pytest.mark.parametrize("hidden", [8, 13])
+def test_gru_that_resets_late(hidden):
+    check(*recurrent("GRU", hidden, (6, 2, 5), linear_before_reset=1, direction="bidirectional"))
+
+
+@pytest.mark.parametrize("activation", ["Relu", "Sigmoid"])
+def test_rnn_with_another_activation(activation):
+    check(*recurrent("RNN", 9, activations=[activation]))
+
+
+@pytest.mark.parametrize("op", _GATES)
+def test_recurrent_ops_of_open_length(op):
+    model, _ = recurrent(op, 11, open_sizes=True, direction="bidirectional")
+    check(model, [array(7, 1, 5)], [array(1, 4, 5)], [array(20, 3, 5)])
+
+
+def test_recurrent_node_tests_with_the_batch_first():
+    """ONNX Runtime has no such layout."""
+    for name in ("test_lstm_batchwise", "test_gru_batchwise", "test_simple_rnn_batchwise"):
+        check_node_test(name, constants=1)
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "named"),
+    [
+        ("LSTM", {"clip": 1.0}, r"LSTM \(clip\)"),
+        ("GRU", {"activations": ["Sigmoid", "Relu"]}, r"GRU \(activations sigmoid, relu\)"),
+        ("LSTM", {"input_forget": 1}, r"LSTM \(input_forget\)"),
+    ],
+)
+def test_recurrent_forms_without_a_kernel_are_named(op, attributes, named):
+    model, _ = recurrent(op, 4, **attributes)
+    with pytest.raises(TargetError, match=named):
+        compile_model(model)

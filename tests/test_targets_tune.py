@@ -80,7 +80,7 @@ def assert_runs_like_onnxruntime(bundle, proto):
 
 
 def imported(proto):
-    return import_model(prepare(proto, {}))
+    return import_model(prepare(proto, {}), resolve_target(find_target("native")))
 
 
 def workloads(proto, native):
