@@ -55,9 +55,9 @@ class Recurrence:
         """Recurrent weights [gates × hidden, hidden] and bias [gates × hidden] with the gates last, each padded."""
         behind = self.padded(machine) - self.hidden
         weights = recurrent.reshape(self.gates, self.hidden, self.hidden).transpose(2, 0, 1)
-        weights = np.pad(weights, ((0, 0), (0, 0), (0, behind))).reshape(self.hidden, -1)
+        rows = np.pad(weights, ((0, 0), (0, 0), (0, behind))).reshape(self.hidden, -1)
         padded = np.pad(bias.reshape(self.gates, self.hidden), ((0, 0), (0, behind))).reshape(-1)
-        return np.ascontiguousarray(weights), padded
+        return np.ascontiguousarray(rows), padded
 
 
 def recurrence_kernel(what: Recurrence, machine: Machine) -> PrimFunc:
@@ -97,16 +97,18 @@ class _Writer:
         sums, declared = local(self.what.gates * self.padded, name="gates")
         scaled, declared_scaled = local(self.what.hidden, name="scaled")
         reset_first = self.what.op == "GRU" and not self.what.late_reset
-        start = [
-            self._units(lambda unit, first=first, state=state: store(state, load_of(first, sample, unit), sample, unit))
-            for first, state in zip(self.first, self.states, strict=True)
-        ]
+
+        def begin(unit: Expr) -> Stmt:
+            pairs = zip(self.first, self.states, strict=True)
+            return seq(*(store(state, load_of(first, sample, unit), sample, unit) for first, state in pairs))
 
         def step(count: Expr) -> Stmt:
             time = self.steps - 1 - count if self.what.backwards else count
             return {"LSTM": self._lstm, "GRU": self._gru, "RNN": self._rnn}[self.what.op](sums, scaled, time, sample)
 
-        return seq(declared, declared_scaled if reset_first else None, *start, loop("step", self.steps, step))
+        return seq(
+            declared, declared_scaled if reset_first else None, self._units(begin), loop("step", self.steps, step)
+        )
 
     # ------------------------------------------------------------------------------------------------- the equations
 
@@ -186,25 +188,18 @@ class _Writer:
         first = start * self.padded
         vectors = (stop - start) * self.padded // self.lanes
         widths: Sequence[int] = range(_WIDEST, 0, -1)
-        tiles = [
-            loop(
-                "tile",
-                count,
-                lambda tile, begin=begin, width=width: self._tile(
-                    sums, factor, first + (begin + tile * width) * self.lanes, width
-                ),
-            )
-            for begin, width, count in cut(vectors, widths)
-        ]
+        tiles = [self._tiles(sums, factor, first + begin * self.lanes, *run) for begin, *run in cut(vectors, widths)]
         return seq(*tiles)
+
+    def _tiles(self, sums: Any, factor: Callable[[Expr], Expr], begin: int, width: int, count: int) -> Stmt:
+        step = width * self.lanes
+        return loop("tile", count, lambda tile: self._tile(sums, factor, begin + tile * step, width))
 
     def _tile(self, sums: Any, factor: Callable[[Expr], Expr], begin: Expr, width: int) -> Stmt:
         tile, declared = local(width * self.lanes)
 
         def each(body: Callable[[Expr], Stmt]) -> Stmt:
-            return seq(
-                *(vector(self.lanes, lambda lane, at=part * self.lanes: body(at + lane)) for part in range(width))
-            )
+            return seq(*(self._part(part, body) for part in range(width)))
 
         def add(unit: Expr) -> Stmt:
             return each(
@@ -217,6 +212,9 @@ class _Writer:
             loop("depth", self.what.hidden, add),
             each(lambda at: store(sums, load_of(tile, at), begin + at)),
         )
+
+    def _part(self, part: int, body: Callable[[Expr], Stmt]) -> Stmt:
+        return vector(self.lanes, lambda lane: body(part * self.lanes + lane))
 
 
 _ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {

@@ -144,7 +144,8 @@ def lower(module: Any, target: Target, tiles: Tiles | None = None) -> Lowered:
     """
     tvm = load_tvm()
     made = tvm_target(target)
-    failure, notes = "", []
+    failure = ""
+    notes: list[str] = []
     for tiling in (Tiling(Machine.of(target), tiles or {}), None):
         try:
             kernels: dict[str, KernelEntry] = {}

@@ -165,7 +165,7 @@ def test_recipes_that_are_none(command, tmp_path, out):
 def test_ops_that_tvm_lacks_are_named_with_their_nodes(command, tmp_path, out):
     weights = {"W": (1, 32, 4), "R": (1, 32, 8), "B": (1, 64)}
     graph = helper.make_graph(
-        [helper.make_node("LSTM", ["x", "W", "R", "B"], ["y"], name="encoder/lstm", hidden_size=8)],
+        [helper.make_node("LSTM", ["x", "W", "R", "B"], ["y"], name="encoder/lstm", hidden_size=8, clip=1.0)],
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, 1, 4])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [5, 1, 1, 8])],
@@ -173,7 +173,7 @@ def test_ops_that_tvm_lacks_are_named_with_their_nodes(command, tmp_path, out):
     )
     model = tmp_path / "lstm.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), model)
-    _refused(command("compile", model, "-o", out), "LSTM", "encoder/lstm")
+    _refused(command("compile", model, "-o", out), "LSTM (clip)", "encoder/lstm")
 
 
 def test_bench_and_compare_name_what_does_not_fit(command, small, tmp_path):

@@ -258,7 +258,7 @@ def test_a_target_that_lacks_an_op_does_not_cost_the_run(tmp_path):
     floats = onnx.TensorProto.FLOAT
     weights = {"W": (1, 32, 4), "R": (1, 32, 8), "B": (1, 64)}
     graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("LSTM", ["x", "W", "R", "B"], ["y"], name="encoder", hidden_size=8)],
+        [onnx.helper.make_node("LSTM", ["x", "W", "R", "B"], ["y"], name="encoder", hidden_size=8, clip=1.0)],
         "g",
         [onnx.helper.make_tensor_value_info("x", floats, [5, 1, 4])],
         [onnx.helper.make_tensor_value_info("y", floats, [5, 1, 1, 8])],
@@ -268,7 +268,7 @@ def test_a_target_that_lacks_an_op_does_not_cost_the_run(tmp_path):
     run = onnxslim.optimize(model, output=tmp_path / "out", targets=["native"])
     entry = run.record.targets[0]
     assert entry.status == "unsupported"
-    assert entry.unsupported_ops["LSTM"] == ["encoder"]
+    assert entry.unsupported_ops["LSTM (clip)"] == ["encoder"]
     assert entry.latency is None
     assert not (tmp_path / "out" / "targets" / "native").exists()
 
