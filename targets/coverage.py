@@ -17,6 +17,7 @@ __all__ = ["scan", "unsupported_ops"]
 # The importer handles these itself, outside of its table of ops.
 _HANDLED = frozenset({"Constant", "If"})
 # Converters of ours (see import_ops.py) for what TVM's lacks, and the activations that they know.
+_CONVERTED = frozenset({"LpNormalization", "ReverseSequence"})
 _RECURRENT = {"GRU": ("sigmoid", "tanh"), "LSTM": ("sigmoid", "tanh", "tanh"), "RNN": ("tanh",)}
 # The importer crashes on them, or has no such type.
 _NARROW = {
@@ -49,7 +50,7 @@ def unsupported_ops(
 
 def scan(prepared: Prepared) -> dict[str, list[str]]:
     """As :func:`unsupported_ops`, of a model that is prepared already."""
-    known = _HANDLED | set(_RECURRENT) | set(_convert_map())
+    known = _HANDLED | _CONVERTED | set(_RECURRENT) | set(_convert_map())
     found: dict[str, list[str]] = {}
     for tensor in (*prepared.inputs, *prepared.outputs):
         if tensor.dtype in ("sequence", "optional", "map", "sparse_tensor", "string", "complex64", "complex128"):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from tvm import relax
+from tvm import relax, topi
 from tvm.ir import GenericConst
 
 from onnxslim.targets.emit import known
@@ -86,12 +86,34 @@ def _same_padding(size: int | None, window: int, stride: int) -> int | None:
     return None if size is None else max((-(-size // stride) - 1) * stride + window - size, 0)
 
 
+def _lp_normalization(builder: Any, inputs: list[Any], attributes: dict[str, Any], opset: int) -> Any:
+    """A vector of zeros stays one."""
+    data = inputs[0]
+    axis = attributes.get("axis", -1)
+    if attributes.get("p", 2) == 1:
+        norm = builder.emit(relax.op.sum(builder.emit(relax.op.abs(data)), axis, keepdims=True))
+    else:
+        squares = builder.emit(relax.op.multiply(data, data))
+        norm = builder.emit(relax.op.sqrt(builder.emit(relax.op.sum(squares, axis, keepdims=True))))
+    zero, one = (relax.const(number, str(data.ty.dtype)) for number in (0, 1))
+    divisor = builder.emit(relax.op.where(builder.emit(relax.op.equal(norm, zero)), one, norm))
+    return builder.emit(relax.op.divide(data, divisor))
+
+
+def _reverse_sequence(builder: Any, inputs: list[Any], attributes: dict[str, Any], opset: int) -> Any:
+    axes = attributes.get("time_axis", 0), attributes.get("batch_axis", 1)
+    lengths = builder.emit(relax.op.astype(inputs[1], "int32"))
+    return builder.emit_te(topi.reverse_sequence, inputs[0], lengths, *axes)
+
+
 def converters(machine: Machine) -> dict[str, Converter]:
     """By op; a converter that returns None leaves the node to TVM's."""
     return {
         "AveragePool": _same_pool(average=True),
         "Clip": _clip,
+        "LpNormalization": _lp_normalization,
         "MaxPool": _same_pool(average=False),
         "Pad": _pad,
+        "ReverseSequence": _reverse_sequence,
         **{op: recurrent(op, machine) for op in ("GRU", "LSTM", "RNN")},
     }

@@ -19,6 +19,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from onnxslim.errors import TargetError
 from onnxslim.model import Model, load
+from onnxslim.targets.operator_format import dequantize_operators
 from onnxslim.tensors import NO_SYMBOLS, TensorSource
 
 __all__ = ["Prepared", "Tensor", "as_proto", "nested_graphs", "node_label", "opset_of", "prepare"]
@@ -81,6 +82,7 @@ def prepare(proto: ModelProto, shapes: dict[str, list[int]] | None = None) -> Pr
     _drop_empty_attributes(proto.graph)
     _pin_shapes(proto.graph, shapes or {})
     proto = _inline_definitions(proto, labels)
+    dequantize_operators(proto)
     _fold(proto)
     _modern_resize(proto)
     _remove_dead(proto.graph)

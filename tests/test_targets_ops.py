@@ -7,8 +7,9 @@ import warnings
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
-from compiled_nets import Net, array, check
+from compiled_nets import RNG, Net, array, check
 from onnx import TensorProto, helper, numpy_helper
 from onnx.backend.test.loader import load_model_tests
 
@@ -65,11 +66,62 @@ DEFINED_BY_OTHERS = (
     "test_swiglu_alpha",
     "test_swish",
 )
+CONVERTED = (
+    "test_l1normalization_axis_1",
+    "test_l2normalization_axis_0",
+    "test_lpnormalization_default",
+    "test_reversesequence_batch",
+    "test_reversesequence_time",
+)
 
 
 @pytest.mark.parametrize("name", DEFINED_BY_OTHERS)
 def test_ops_that_are_defined_by_others(name):
     check_node_test(name)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_ops_with_a_converter_of_ours(name):
+    check_node_test(name)
+
+
+def quantized(shape, scale, zero, kind=np.uint8):
+    return np.clip(np.rint(array(*shape) / scale) + zero, np.iinfo(kind).min, np.iinfo(kind).max).astype(kind)
+
+
+def assert_off_by_a_quantum_at_most(model, feed):
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (wanted,) = session.run(None, feed)
+    (found,) = compile_model(model).run(feed).values()
+    assert found.dtype == wanted.dtype
+    difference = np.abs(found.astype(int) - wanted)
+    assert difference.max() <= 1
+    # Only what lies between two quanta may fall to either side.
+    assert (difference > 0).mean() < 0.01
+    assert len(np.unique(wanted)) > 50
+
+
+@pytest.mark.parametrize("opset", [10, 17])
+def test_quantized_convolutions(opset):
+    net = Net(opset)
+    x = net.input(1, 6, 11, 13, kind=TensorProto.UINT8)
+    scales, zeros = (np.linspace(0.01, 0.03, 10, dtype=np.float32), np.zeros(10, np.int8))
+    # Larger ones overflow ONNX Runtime's sums of 16 bits on processors without VNNI.
+    weight = np.clip(quantized((10, 6, 3, 3), 0.05, 0, np.int8), -64, 63)
+    constants = [np.float32(0.02), np.uint8(120), weight, scales, zeros, np.float32(0.1), np.uint8(131)]
+    bias = RNG.integers(-5000, 5000, 10).astype(np.int32)
+    names = [net.constant(value) for value in (*constants, bias)]
+    model = net.model(net.add("QLinearConv", x, *names, pads=[1, 0, 1, 2], strides=[1, 2]))
+    assert_off_by_a_quantum_at_most(model, {x: quantized((1, 6, 11, 13), 0.02, 120)})
+
+
+def test_quantized_products():
+    net = Net()
+    x = net.input(2, 7, 16, kind=TensorProto.UINT8)
+    weight = np.clip(quantized((16, 9), 0.05, 0, np.int8), -64, 63)
+    constants = [np.float32(0.02), np.uint8(120), weight, np.float32(0.02), np.int8(3), np.float32(0.07), np.uint8(128)]
+    model = net.model(net.add("QLinearMatMul", x, *(net.constant(value) for value in constants)))
+    assert_off_by_a_quantum_at_most(model, {x: quantized((2, 7, 16), 0.02, 120)})
 
 
 def test_windows_of_known_size_are_constants():
