@@ -6,15 +6,18 @@ Those are what TVM's importer has. A result may differ from the integer one by a
 from __future__ import annotations
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, helper, numpy_helper
 
-__all__ = ["dequantize_operators"]
+__all__ = ["dequantized_nodes"]
 
 
-def dequantize_operators(proto: ModelProto) -> None:
-    """Rewrite, in place, the quantized operators of the main graph whose weights and scales are constants."""
-    if any(node.op_type in ("QLinearConv", "QLinearMatMul") for node in proto.graph.node):
-        _Rewriter(proto.graph).run()
+def dequantized_nodes(graph: GraphProto) -> list[NodeProto]:
+    """The nodes of a graph, its quantized operators of constant weights and scales written as several float ones.
+
+    The float weights become initializers of ``graph``; its nodes are not changed.
+    """
+    rewriter = _Rewriter(graph)
+    return [part for node in graph.node for part in rewriter.rewrite(node) or [node]]
 
 
 class _Rewriter:
@@ -26,15 +29,13 @@ class _Rewriter:
         while any(name.startswith(self.prefix) for name in taken):
             self.prefix += "_"
 
-    def run(self) -> None:
-        nodes: list[NodeProto] = []
-        for node in self.graph.node:
-            rewrite = {"QLinearConv": self._convolution, "QLinearMatMul": self._product}.get(node.op_type)
-            parts = rewrite(node) if rewrite is not None and node.domain in ("", "ai.onnx") else None
-            # Protobuf forgets elements that are taken out of their list.
-            nodes += [NodeProto.FromString(each.SerializeToString()) for each in parts or [node]]
-        del self.graph.node[:]
-        self.graph.node.extend(nodes)
+    def rewrite(self, node: NodeProto) -> list[NodeProto] | None:
+        """What stands for a node; None where it stays."""
+        if node.domain not in ("", "ai.onnx"):
+            return None
+        if node.op_type == "QLinearConv":
+            return self._convolution(node)
+        return self._product(node) if node.op_type == "QLinearMatMul" else None
 
     def _convolution(self, node: NodeProto) -> list[NodeProto] | None:
         data, data_scale, data_zero, weight, scale, zero, *_ = node.input

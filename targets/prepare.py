@@ -19,7 +19,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from onnxslim.errors import TargetError
 from onnxslim.model import Model, load
-from onnxslim.targets.operator_format import dequantize_operators
+from onnxslim.targets.operator_format import dequantized_nodes
 from onnxslim.tensors import NO_SYMBOLS, TensorSource
 
 __all__ = ["Prepared", "Tensor", "as_proto", "nested_graphs", "node_label", "opset_of", "prepare"]
@@ -82,7 +82,7 @@ def prepare(proto: ModelProto, shapes: dict[str, list[int]] | None = None) -> Pr
     _drop_empty_attributes(proto.graph)
     _pin_shapes(proto.graph, shapes or {})
     proto = _inline_definitions(proto, labels)
-    dequantize_operators(proto)
+    _keep_nodes(proto.graph, dequantized_nodes(proto.graph))
     _fold(proto)
     _modern_resize(proto)
     _remove_dead(proto.graph)
@@ -213,6 +213,7 @@ def _constants_to_initializers(graph: GraphProto) -> None:
 
 
 def _keep_nodes(graph: GraphProto, kept: list[NodeProto]) -> None:
+    """Replace the nodes by others, of which there are more or fewer unless they are the same."""
     if len(kept) != len(graph.node):
         # Protobuf forgets an element that is taken out of its list.
         copies = [NodeProto.FromString(node.SerializeToString()) for node in kept]
