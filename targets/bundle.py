@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,10 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from onnxslim.errors import DataError, OutputError, TargetError
 from onnxslim.targets._tvm import config_threads, load_tvm
 from onnxslim.targets.catalogue import Target, runs_here
+from onnxslim.targets.run import map_weights
 
 __all__ = [
     "LIBRARY",
     "MANIFEST",
+    "WEIGHTS",
     "Bundle",
     "FileEntry",
     "KernelEntry",
@@ -28,10 +30,14 @@ __all__ = [
     "TensorEntry",
     "hash_files",
     "new_folder",
+    "write_weights",
 ]
 
 MANIFEST = "manifest.json"
 LIBRARY = "model.so"
+WEIGHTS = "weights.npy"
+
+_ALIGNMENT = 64  # what compiled code expects of the address of a tensor
 
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 _Size = Annotated[int, Field(ge=0)]
@@ -97,6 +103,7 @@ class Bundle:
         self.manifest = manifest
         self.threads = threads
         self._vm: Any = None
+        self._weights: list[Any] = []
         self._owner: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
@@ -110,8 +117,9 @@ class Bundle:
         """
         path = Path(path)
         manifest = _read_manifest(path)
-        if LIBRARY not in manifest.files:
-            raise TargetError(f"{path / MANIFEST}: lists no {LIBRARY}. Compile the model again.")
+        for name in (LIBRARY, WEIGHTS):
+            if name not in manifest.files:
+                raise TargetError(f"{path / MANIFEST}: lists no {name}. Compile the model again.")
         for name, entry in manifest.files.items():
             file = path / name
             if file.is_symlink() or not file.is_file():
@@ -149,8 +157,8 @@ class Bundle:
 
     @property
     def library_bytes(self) -> int:
-        """Bytes of the compiled library, weights included."""
-        return self.manifest.files[LIBRARY].bytes
+        """Bytes of the compiled library and of its weights."""
+        return self.manifest.files[LIBRARY].bytes + self.manifest.files[WEIGHTS].bytes
 
     @property
     def compile_seconds(self) -> float:
@@ -173,7 +181,7 @@ class Bundle:
         arguments = self._arguments(feed)
         config_threads(self.threads)
         with _one_sentence(self.path):
-            result = self._function()(*arguments)
+            result = self._function()(*arguments, *self._weights)
         values = [result] if len(self.manifest.outputs) == 1 else list(result)
         names = [entry.name for entry in self.manifest.outputs]
         return {name: _to_numpy(value) for name, value in zip(names, values, strict=True)}
@@ -197,7 +205,7 @@ class Bundle:
 
         def call() -> None:
             config_threads(count)
-            function(*arguments)
+            function(*arguments, *self._weights)
 
         with _one_sentence(self.path):
             call()
@@ -242,8 +250,10 @@ class Bundle:
                 "which this machine is not. Copy it to the device and follow its README.txt."
             )
         tvm = load_tvm()
+        import tvm_ffi
         from tvm import relax
 
+        self._weights = [tvm_ffi.from_dlpack(array) for array in map_weights(self.path / WEIGHTS)]
         with _one_sentence(self.path):
             return relax.VirtualMachine(tvm.runtime.load_module(str(self.path / LIBRARY)), tvm.cpu())
 
@@ -322,6 +332,22 @@ def hash_files(folder: Path) -> dict[str, FileEntry]:
     """Every file of a folder with its hash, for the manifest."""
     files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
     return {file.name: FileEntry(sha256=_sha256(file), bytes=file.stat().st_size) for file in files}
+
+
+def write_weights(path: Path, weights: Sequence[np.ndarray]) -> None:
+    """Write arrays one after the other, as ``numpy.save`` does into an open file, each aligned for compiled code.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with path.open("wb") as file:
+        for array in weights:
+            fields = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
+            header = repr(fields).encode()
+            start = file.tell() + len(np.lib.format.magic(1, 0)) + 2  # two bytes hold the header's length
+            header += b" " * (-(start + len(header) + 1) % _ALIGNMENT) + b"\n"
+            file.write(np.lib.format.magic(1, 0) + len(header).to_bytes(2, "little") + header)
+            file.write(np.ascontiguousarray(array).data)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from onnxslim.model import Model
 from onnxslim.model_files import file_sha256
 from onnxslim.targets import bundle as bundles
 from onnxslim.targets._tvm import PINS, resolve_target
-from onnxslim.targets.bundle import LIBRARY, MANIFEST, Bundle, Manifest, TensorEntry
+from onnxslim.targets.bundle import LIBRARY, MANIFEST, WEIGHTS, Bundle, Manifest, TensorEntry
 from onnxslim.targets.catalogue import Target, find_target
 from onnxslim.targets.coverage import scan
 from onnxslim.targets.link import build_executable
@@ -108,6 +108,7 @@ def _build(
     ]
     with bundles.new_folder(output) as stage:
         build_library(lowered.executable, stage / LIBRARY, target.link)
+        bundles.write_weights(stage / WEIGHTS, lowered.weights)
         seconds = time.perf_counter() - start
         notes = [*prepared.notes, *tuning.notes, *lowered.notes, *_add_runtime(stage, target)]
         manifest = Manifest(

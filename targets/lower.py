@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from onnxslim.errors import TargetError
 from onnxslim.targets._tvm import load_tvm, tvm_target
 from onnxslim.targets.bundle import KernelEntry
@@ -32,12 +34,14 @@ class Lowered:
     """A compiled model.
 
     Attributes:
-        executable: TVM's, in memory.
+        executable: TVM's, in memory; its entry takes the weights after the inputs.
+        weights: the larger constants.
         kernels: what its kernels are, by name.
         notes: what the user should know.
     """
 
     executable: Any
+    weights: list[np.ndarray]
     kernels: dict[str, KernelEntry]
     notes: list[str] = field(default_factory=list)
 
@@ -149,9 +153,10 @@ def lower(module: Any, target: Target, tiles: Tiles | None = None) -> Lowered:
     for tiling in (Tiling(Machine.of(target), tiles or {}), None):
         try:
             kernels: dict[str, KernelEntry] = {}
+            weights: list[np.ndarray] = []
             with _quiet_warnings(), tvm.transform.PassContext(opt_level=3):
-                executable = tvm.compile(module, made, relax_pipeline=_pipeline(made, tiling, kernels))
-            return Lowered(executable, kernels, notes)
+                executable = tvm.compile(module, made, relax_pipeline=_pipeline(made, tiling, kernels, weights))
+            return Lowered(executable, weights, kernels, notes)
         except Exception as error:
             # Our loops are legal, but a later step of TVM may still trip over them; its own loops come next.
             failure = _sentence(error)
@@ -173,18 +178,20 @@ def build_library(executable: Any, output: Path, triple: str) -> None:
     executable.export_library(str(output), fcompile=link)
 
 
-def _pipeline(target: Any, tiling: Tiling | None, kernels: dict[str, KernelEntry]) -> Any:
+def _pipeline(target: Any, tiling: Tiling | None, kernels: dict[str, KernelEntry], weights: list[np.ndarray]) -> Any:
     """What turns operators into loops and calls; spelled out, because TVM's "default" fuses nothing on a CPU.
 
     Args:
         target: TVM's.
         tiling: tiles for kernels of ours; None for TVM's own.
         kernels: filled with what each kernel is.
+        weights: filled with the larger constants.
     """
     tvm = load_tvm()
     from tvm import relax
 
     from onnxslim.targets.kernel_facts import describing
+    from onnxslim.targets.lift_weights import lift_weights
 
     step = relax.transform
     schedule, math = [], []
@@ -209,6 +216,8 @@ def _pipeline(target: Any, tiling: Tiling | None, kernels: dict[str, KernelEntry
             step.LowerRuntimeBuiltin(),
             step.ComputePrimValue(),
             step.VMShapeLower(),
+            # After it, so that no check of weights comes before each inference.
+            lift_weights(weights),
             step.AttachGlobalSymbol(),
         ]
         with target:

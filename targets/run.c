@@ -4,19 +4,23 @@
    With --repeat the model runs once to warm up and then N times, and the median time of those is printed.
    Build: cc -O2 run.c -o run -ldl -I$(tvm-ffi-config --includedir) -I$(tvm-ffi-config --dlpack-includedir)            */
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <tvm/ffi/c_api.h>
 #include <unistd.h>
 
-enum { MAX_INPUTS = 256, MAX_DIMS = 32 };
+enum { MAX_INPUTS = 256, MAX_DIMS = 32, LEAST_RECORD = 64 /* bytes */ };
 
 static int (*get_global)(const TVMFFIByteArray *, TVMFFIObjectHandle *);
 static int (*call_function)(TVMFFIObjectHandle, TVMFFIAny *, int32_t, TVMFFIAny *);
 static void (*move_error)(TVMFFIObjectHandle *);
+static int (*make_tensor)(DLManagedTensor *, int32_t, int32_t, TVMFFIObjectHandle *);
 static TVMFFIObjectHandle module_get_function;
 
 static void fail(const char *what, const char *why) {
@@ -76,23 +80,38 @@ static size_t bytes_of(const DLTensor *tensor) {
   return count;
 }
 
-static void read_npy(const char *path, DLTensor *tensor) {
-  FILE *file = fopen(path, "rb");
-  unsigned char start[8], size[4] = {0};
-  if (!file) fail(path, "cannot be opened");
-  if (fread(start, 1, 8, file) != 8 || memcmp(start, "\x93NUMPY", 6)) fail(path, "is no .npy file");
-  int width = start[6] == 1 ? 2 : 4;
-  if (fread(size, 1, width, file) != (size_t)width) fail(path, "is truncated");
-  size_t length = size[0] | size[1] << 8 | size[2] << 16 | (size_t)size[3] << 24;
-  char *header = length < 65536 ? calloc(1, length + 1) : NULL;
-  if (!header || fread(header, 1, length, file) != length) fail(path, "is truncated");
+typedef struct { const char *path; char *start; size_t size, at; } File;
+
+/* Pages are read when they are used, and what is written to them never reaches the file. */
+static File map(const char *path) {
+  File file = {.path = path};
+  struct stat status;
+  int handle = open(path, O_RDONLY);
+  if (handle < 0 || fstat(handle, &status)) fail(path, "cannot be opened");
+  file.size = (size_t)status.st_size;
+  if (file.size) file.start = mmap(NULL, file.size, PROT_READ | PROT_WRITE, MAP_PRIVATE, handle, 0);
+  if (file.start == MAP_FAILED) fail(path, "cannot be mapped");
+  close(handle);
+  return file;
+}
+
+/* The next array of a file of NumPy records; its elements stay where they are. */
+static void next_array(File *file, DLTensor *tensor) {
+  const unsigned char *start = (unsigned char *)file->start + file->at;
+  size_t left = file->size - file->at;
+  if (left < 12 || memcmp(start, "\x93NUMPY", 6)) fail(file->path, "is no .npy file, or is truncated");
+  size_t prefix = start[6] == 1 ? 10 : 12;
+  size_t length = start[8] | start[9] << 8 | (prefix == 12 ? start[10] << 16 | (size_t)start[11] << 24 : 0);
+  char *header = length < 65536 && prefix + length <= left ? calloc(1, length + 1) : NULL;
+  if (!header) fail(file->path, "is truncated");
+  memcpy(header, start + prefix, length);
   const char *descr = strstr(header, "'descr': '"), *shape = strstr(header, "'shape': (");
-  if (!descr || !shape || !strstr(header, "'fortran_order': False")) fail(path, "is not in C order");
+  if (!descr || !shape || !strstr(header, "'fortran_order': False")) fail(file->path, "is not in C order");
   descr += strlen("'descr': '");
   static const char kinds[] = "iufb";
   static const uint8_t codes[] = {kDLInt, kDLUInt, kDLFloat, kDLBool};
   const char *kind = descr[0] != '>' && descr[1] ? strchr(kinds, descr[1]) : NULL;
-  if (!kind) fail(path, "has a data type that is not supported");
+  if (!kind) fail(file->path, "has a data type that is not supported");
   memset(tensor, 0, sizeof *tensor);
   tensor->device.device_type = kDLCPU;
   tensor->dtype.code = codes[kind - kinds];
@@ -103,15 +122,23 @@ static void read_npy(const char *path, DLTensor *tensor) {
     char *next = at;
     int64_t value = strtoll(at, &next, 10);
     if (next == at) { ++at; continue; }
-    if (value < 0 || tensor->ndim == MAX_DIMS) fail(path, "has a bad shape");
+    if (value < 0 || tensor->ndim == MAX_DIMS) fail(file->path, "has a bad shape");
     tensor->shape[tensor->ndim++] = value;
     at = next;
   }
-  size_t bytes = bytes_of(tensor);
-  tensor->data = aligned_alloc(64, (bytes + 64) / 64 * 64);
-  if (!tensor->data || fread(tensor->data, 1, bytes, file) != bytes) fail(path, "is truncated");
-  fclose(file);
   free(header);
+  size_t bytes = bytes_of(tensor);
+  if (prefix + length + bytes > left) fail(file->path, "is truncated");
+  tensor->data = (char *)start + prefix + length;
+  file->at += prefix + length + bytes;
+}
+
+static TVMFFIAny weight(File *file) {
+  DLManagedTensor *managed = calloc(1, sizeof *managed);
+  next_array(file, &managed->dl_tensor);
+  TVMFFIAny any = {.type_index = kTVMFFITensor};
+  if (make_tensor(managed, 0, 0, (TVMFFIObjectHandle *)&any.v_obj)) fail(file->path, "is not what the library takes");
+  return any;
 }
 
 static void write_npy(const char *folder, int index, const DLTensor *tensor) {
@@ -158,14 +185,16 @@ static void time_runs(TVMFFIObjectHandle invoke, TVMFFIAny *name, int repeat) {
 int main(int argc, char **argv) {
   const char *threads = "0", *places[2] = {NULL, NULL};
   static DLTensor tensors[MAX_INPUTS];
-  static TVMFFIAny args[MAX_INPUTS + 1];
   int inputs = 0, repeat = 0, place = 0;
   for (int i = 1; i < argc; ++i) {
     if (!strcmp(argv[i], "--threads") && i + 1 < argc) threads = argv[++i];
     else if (!strcmp(argv[i], "--repeat") && i + 1 < argc) repeat = atoi(argv[++i]);
     else if (place < 2) places[place++] = argv[i];
     else if (inputs == MAX_INPUTS) fail(argv[i], "too many inputs");
-    else read_npy(argv[i], &tensors[inputs++]);
+    else {
+      File file = map(argv[i]);
+      next_array(&file, &tensors[inputs++]);
+    }
   }
   if (place < 2) fail("usage", "run BUNDLE OUTPUT_FOLDER [--threads N] [--repeat N] input0.npy ...");
   char cores[16];
@@ -179,7 +208,8 @@ int main(int argc, char **argv) {
   *(void **)&get_global = dlsym(ffi, "TVMFFIFunctionGetGlobal");
   *(void **)&call_function = dlsym(ffi, "TVMFFIFunctionCall");
   *(void **)&move_error = dlsym(ffi, "TVMFFIErrorMoveFromRaised");
-  if (!get_global || !call_function || !move_error) fail("libtvm_ffi.so", "lacks the C interface");
+  *(void **)&make_tensor = dlsym(ffi, "TVMFFITensorFromDLPack");
+  if (!get_global || !call_function || !move_error || !make_tensor) fail("libtvm_ffi.so", "lacks the C interface");
   module_get_function = global("ffi.ModuleGetFunction");
 
   char path[4096];
@@ -190,20 +220,25 @@ int main(int argc, char **argv) {
   TVMFFIAny device[3] = {number(kDLCPU), number(0), number(2)}; /* 2: the allocator that reuses memory */
   call("vm_initialization", method(vm, "vm_initialization"), device, 3);
 
+  snprintf(path, sizeof path, "%s/weights.npy", places[0]);
+  File file = map(path);
+  int count = 1 + inputs;
+  TVMFFIAny *args = calloc((size_t)count + file.size / LEAST_RECORD, sizeof *args);
   args[0] = text("main");
   for (int i = 0; i < inputs; ++i) {
     args[i + 1].type_index = kTVMFFIDLTensorPtr;
     args[i + 1].v_ptr = &tensors[i];
   }
-  call("inputs", method(vm, "set_input"), args, inputs + 1);
+  while (file.at < file.size) args[count++] = weight(&file);
+  call("inputs", method(vm, "set_input"), args, count);
   TVMFFIObjectHandle invoke = method(vm, "invoke_stateful"), get_output = method(vm, "get_output");
   call("main", invoke, args, 1);
   if (repeat > 0) time_runs(invoke, args, repeat);
 
-  int64_t count = call("outputs", method(vm, "get_output_arity"), args, 1).v_int64;
-  for (int64_t i = 0; i < (count < 0 ? 1 : count); ++i) {
+  int64_t outputs = call("outputs", method(vm, "get_output_arity"), args, 1).v_int64;
+  for (int64_t i = 0; i < (outputs < 0 ? 1 : outputs); ++i) {
     TVMFFIAny index[2] = {args[0], number(i)};
-    TVMFFIAny output = call("outputs", get_output, index, count < 0 ? 1 : 2);
+    TVMFFIAny output = call("outputs", get_output, index, outputs < 0 ? 1 : 2);
     if (output.type_index != kTVMFFITensor) fail("outputs", "one is not a tensor");
     write_npy(places[1], (int)i, (DLTensor *)((char *)output.v_obj + sizeof(TVMFFIObject)));
   }

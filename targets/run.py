@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import os
 import statistics
 import time
@@ -46,12 +47,13 @@ class Model:
         self._vm = library["vm_load_executable"]()
         cpu, first, pooled = 1, 0, 2
         self._vm["vm_initialization"](cpu, first, pooled)
+        self._weights = [self._tensor(array) for array in map_weights(folder / "weights.npy")]
 
     def __call__(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once."""
         arguments = [self._tensor(aligned(feed[entry["name"]], entry["dtype"])) for entry in self.manifest["inputs"]]
         entry = self.manifest["entry"]
-        self._vm["set_input"](entry, *arguments)
+        self._vm["set_input"](entry, *arguments, *self._weights)
         self._vm["invoke_stateful"](entry)
         count = self._vm["get_output_arity"](entry)
         values = [self._vm["get_output"](entry, *([] if count < 0 else [index])) for index in range(abs(count))]
@@ -71,6 +73,31 @@ def aligned(array: np.ndarray, dtype: str) -> np.ndarray:
     copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
+
+
+def map_weights(path: Path) -> list[np.ndarray]:
+    """The arrays of a file of NumPy records, each at a multiple of 64 bytes; mapped, so read only when used.
+
+    Raises:
+        ValueError: the file is not whole.
+    """
+    if not path.stat().st_size:
+        return []
+    content = np.memmap(path, np.uint8, "c")  # private, and never written to
+    arrays = []
+    with path.open("rb") as file:
+        while file.tell() < content.size:
+            try:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            except ValueError as error:
+                raise ValueError(f"{path}: is damaged ({error})") from None
+            start = file.tell()
+            end = file.seek(math.prod(shape) * dtype.itemsize, os.SEEK_CUR)
+            if end > content.size:
+                raise ValueError(f"{path}: is truncated")
+            arrays.append(content[start:end].view(dtype).reshape(shape))
+    return arrays
 
 
 def random_feed(manifest: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -100,7 +127,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--repeat", type=int, default=0)
     options = parser.parse_args()
-    model = Model(threads=options.threads)
+    try:
+        model = Model(threads=options.threads)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"run.py: {error}\n")
     feed = dict(np.load(options.inputs)) if options.inputs else random_feed(model.manifest)
     outputs = model(feed)
     if options.outputs:

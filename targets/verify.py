@@ -17,7 +17,7 @@ from onnx import ModelProto
 
 from onnxslim.errors import DataError, TargetError
 from onnxslim.model import Model, load
-from onnxslim.targets.bundle import LIBRARY, Bundle
+from onnxslim.targets.bundle import LIBRARY, WEIGHTS, Bundle
 from onnxslim.targets.catalogue import Target, runs_here
 from onnxslim.targets.runtime_libs import runtime_libraries
 
@@ -228,7 +228,8 @@ def _emulate(bundle: Bundle, feed: Mapping[str, np.ndarray]) -> dict[str, np.nda
     arrays = bundle.check(feed)
     with tempfile.TemporaryDirectory(prefix="onnxslim-qemu-") as folder:
         place = Path(folder)
-        for file in (bundle.path / "run", bundle.path / LIBRARY, *runtime_libraries(bundle.target.machine)):
+        own = (bundle.path / name for name in ("run", LIBRARY, WEIGHTS))
+        for file in (*own, *runtime_libraries(bundle.target.machine)):
             (place / file.name).symlink_to(file.resolve())
         names = []
         for index, array in enumerate(arrays):

@@ -212,10 +212,11 @@ def test_upsample_and_empty_resize_operands_are_written_as_the_one_resize_that_t
 
 @pytest.fixture
 def folder(tmp_path):
-    """A bundle in all but its library."""
+    """A bundle in all but its library and its weights."""
     place = tmp_path / "bundle"
     place.mkdir()
     (place / "model.so").write_bytes(b"not really")
+    (place / "weights.npy").write_bytes(b"")
     manifest = {
         "model_sha256": "0" * 64,
         "target": find_target("cortex-a53").model_dump(mode="json"),
@@ -226,7 +227,10 @@ def folder(tmp_path):
         "outputs": [{"name": "y", "dtype": "float32", "shape": []}],
         "requires": {},
         "compile_seconds": 1.0,
-        "files": {"model.so": {"sha256": hashlib.sha256(b"not really").hexdigest(), "bytes": 10}},
+        "files": {
+            "model.so": {"sha256": hashlib.sha256(b"not really").hexdigest(), "bytes": 10},
+            "weights.npy": {"sha256": hashlib.sha256(b"").hexdigest(), "bytes": 0},
+        },
     }
     (place / "manifest.json").write_text(json.dumps(manifest))
     return place

@@ -47,8 +47,10 @@ def run(native, build, *inputs, open_axes=(), again=()):
     lowered = lower(builder.get(), native)
     assert [name for name, kernel in lowered.kernels.items() if kernel.writer != "onnxslim"] == []
     machine_code = relax.VirtualMachine(lowered.executable, tvm.cpu())
+    weights = [tvm.runtime.tensor(weight) for weight in lowered.weights]
     found = [
-        [each.numpy() for each in machine_code["main"](*map(tvm.runtime.tensor, feed))] for feed in (inputs, *again)
+        [each.numpy() for each in machine_code["main"](*map(tvm.runtime.tensor, feed), *weights)]
+        for feed in (inputs, *again)
     ]
     return found if again else found[0]
 
