@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -124,9 +124,10 @@ class _Depthwise:
                 loop("right", right, lambda x: tile(behind + x, 1, bounded=True)),
             )
         statements, place = [], 0
-        for size, inside, count in tiles_of(spread(outputs, self.rows), start, stop):
-            if inside:
-                statements.append(loop("tile", count, lambda n, p=place, s=size: tile(n * s + p, s)))  # type: ignore[misc]
+        for size, inside, count in tiles_of(spread(outputs, self.rows), start, stop, alike=window.is_long):
+            if inside or window.is_long:
+                run = place, size, not inside
+                statements.append(loop("tile", count, lambda n, r=run: tile(n * r[1] + r[0], r[1], bounded=r[2])))  # type: ignore[misc]
             else:
                 statements.append(tile(index(place), size, edge=place))
             place += size * count
@@ -164,13 +165,17 @@ class _Depthwise:
 
             return vector(lanes, multiply)
 
+        def loop_of_taps(tap_y: Expr, first: Expr, count: Size, present: Sequence[int]) -> Stmt:
+            def all_of(tap: Expr) -> Stmt:
+                return seq(*(add(tap_y, first + tap, row, part) for part in range(len(parts)) for row in present))
+
+            return loop("tap_x", count, all_of)
+
         def taps(tap_y: Expr) -> Stmt:
             if bounded:
-                first = horizontal.first(x)
-                count = tirx.max(horizontal.last(x) - first, index(0))
-                return loop(
-                    "tap_x", count, lambda tap: seq(*(add(tap_y, first + tap, 0, part) for part in range(len(parts))))
-                )
+                return seq(*(loop_of_taps(tap_y, *part) for part in horizontal.bounds(x, rows)))
+            if horizontal.is_long:
+                return loop_of_taps(tap_y, index(0), horizontal.kernel, range(rows))
             return seq(
                 *(
                     add(tap_y, tap, row, part)

@@ -5,7 +5,8 @@ in a register; a step along the inputs loads the vectors of weights, and each pi
 Weights lie packed in the order in which they are read: panels of as many output channels as a tile is wide, in a panel
 the taps of the window, in a tap the input channels. Tensors are channels-last, so the inputs of neighbouring taps of a
 row are neighbours too. Padding is no copy and no condition in the inner loop: taps beyond the left and right edge are
-left out of the tiles there when these are written, and taps beyond the top and bottom by the bounds of their loop.
+left out of the tiles there when these are written, and taps beyond the top and bottom by the bounds of their loop. So
+are all of them where windows are long, since a tile of its own for every place at the edge would be much code.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ NOTE = "onnxslim.kernel"
 
 # An inner loop this short is written out.
 _SHORT = 4
+# Windows of more taps are cut by the bounds of loops at the edges too.
+_LONG = 16
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,22 @@ class Window:
             return min(start, self.outputs), max(min(reach // self.stride + 1, self.outputs), start)
         stop = tirx.min(tirx.floordiv(index(reach), index(self.stride)) + 1, index(self.outputs))
         return start, tirx.max(stop, index(start))
+
+    @property
+    def is_long(self) -> bool:
+        """Whether its taps are too many to be written out."""
+        return self.kernel > _LONG
+
+    def bounds(self, place: Expr, outputs: int) -> list[tuple[Expr, Expr, Sequence[int]]]:
+        """The taps inside of neighbouring outputs as (first, how many, for which outputs)."""
+        # Windows start and end earlier from output to output: the first one starts last, and the last one ends first.
+        first, last = self.first(place), self.last(place + (outputs - 1))
+        behind = tirx.max(first, last)
+        parts: list[tuple[Expr, Expr, Sequence[int]]] = [(first, last, range(outputs))]
+        for output in range(outputs if outputs > 1 else 0):
+            own = self.first(place + output), self.last(place + output)
+            parts += [(own[0], tirx.min(first, own[1]), [output]), (behind, own[1], [output])]
+        return [(start, tirx.max(stop - start, index(0)), which) for start, stop, which in parts]
 
     def contains(self, output: int, tap: int) -> bool:
         """Whether a tap of an output lies inside; sizes must be known."""
@@ -279,7 +298,9 @@ class _Product:
         horizontal = self.windows[1]
         start, stop = horizontal.inside()
         statements, place = [], 0
-        for width, inside, count in tiles_of(spread(horizontal.outputs, self.rows), start, stop):
+        for width, inside, count in tiles_of(
+            spread(horizontal.outputs, self.rows), start, stop, alike=horizontal.is_long
+        ):
             block = max(1, self._pixels_in_cache() // (width * horizontal.stride))
             block = _balanced(count, block, self.panels * self.groups, self.machine.cores)
 
@@ -288,18 +309,18 @@ class _Product:
                 part: Expr,
                 group: Expr,
                 panel: Expr,
-                run: tuple[int, int, int | None, int] = (place, width, None if inside else place, block),
+                run: tuple[int, int, bool, int] = (place, width, inside, block),
             ) -> Stmt:
-                first, size, edge, tiles = run
+                first, size, inside, tiles = run
 
                 def tile(number: Expr) -> Stmt:
-                    x = (part * tiles + number) * size + first if edge is None else index(first)
-                    return self._tile(image, index(0), x, size, group, panel, edge=edge)
+                    x = (part * tiles + number) * size + first
+                    return self._placed_tile(image, index(0), x, size, group, panel, first, inside=inside)
 
                 return loop("tile", tiles, tile)
 
             sizes = [self.images, count // block, self.groups, self.panels]
-            statements.append(parallel(sizes, task, serial=self._is_small() or not inside))
+            statements.append(parallel(sizes, task, serial=self._is_small() or (count == 1 and not inside)))
             place += width * count
         return seq(*statements)
 
@@ -328,17 +349,24 @@ class _Product:
         if outputs is None or known(window.size) is None or known(stop) is None:
             return self._open_line(image, y, group, panel, start, stop, window)
         statements, place = [], 0
-        for width, inside, count in tiles_of(spread(outputs, self.rows), start, stop):
-            if inside:
+        for width, inside, count in tiles_of(spread(outputs, self.rows), start, stop, alike=window.is_long):
 
-                def tile(number: Expr, place: int = place, width: int = width) -> Stmt:
-                    return self._tile(image, y, index(place) + number * width, width, group, panel)
+            def tile(number: Expr, run: tuple[int, int, bool] = (place, width, inside)) -> Stmt:
+                first, size, inside = run
+                x = number * size + first
+                return self._placed_tile(image, y, x, size, group, panel, first, inside=inside)
 
-                statements.append(loop("tile", count, tile))
-            else:
-                statements.append(self._tile(image, y, index(place), width, group, panel, edge=place))
+            statements.append(loop("tile", count, tile))
             place += width * count
         return seq(*statements)
+
+    def _placed_tile(
+        self, image: Expr, y: Expr, x: Expr, rows: int, group: Expr, panel: Expr, first: int, *, inside: bool
+    ) -> Stmt:
+        """A tile with all taps inside, or without those beyond the edges; ``first`` is ``x`` if that is one place."""
+        if inside or self.windows[1].is_long:
+            return self._tile(image, y, x, rows, group, panel, bounded=not inside)
+        return self._tile(image, y, index(first), rows, group, panel, edge=first)
 
     def _open_line(
         self, image: Expr, y: Expr, group: Expr, panel: Expr, start: int, stop: Expr, window: Window
@@ -383,7 +411,7 @@ class _Product:
             rows: how many pixels it has.
             group, panel: which output channels.
             edge: the value of ``x`` where taps beyond the left or right edge are to be left out.
-            bounded: whether the loop over the taps of a row needs bounds, for one pixel.
+            bounded: whether the loops over the taps of a row need bounds.
         """
         tail = self.columns - (self.panels - 1) * self.panel
         if tail == self.panel:
@@ -466,11 +494,12 @@ class _Product:
                 return seq(*(body(index(number)) for number in range(depth)))
             return loop("depth", depth, body)
 
+        def loop_of_taps(tap_y: Expr, start: Expr, count: Size, present: Sequence[int]) -> Stmt:
+            return loop("tap_x", count, lambda tap: depths(lambda d: add(tap_y, start + tap, d, present)))
+
         def row_of_taps(tap_y: Expr) -> Stmt:
             if bounded:
-                first = horizontal.first(x)
-                count = tirx.max(horizontal.last(x) - first, index(0))
-                return loop("tap_x", count, lambda tap: depths(lambda d: add(tap_y, first + tap, d, everyone)))
+                return seq(*(loop_of_taps(tap_y, *part) for part in horizontal.bounds(x, rows)))
             if edge is None and horizontal.dilation == 1 and self.groups == 1 and horizontal.kernel > 1:
                 if horizontal.kernel * self.depth <= 4 * _SHORT:
                     taps = [(tap, depth) for tap in range(horizontal.kernel) for depth in range(self.depth)]
@@ -486,6 +515,8 @@ class _Product:
                         everyone,
                     ),
                 )
+            if edge is None and horizontal.is_long:
+                return loop_of_taps(tap_y, index(0), horizontal.kernel, everyone)
             statements = []
             for tap in range(horizontal.kernel):
                 present = [row for row in everyone if edge is None or horizontal.contains(edge + row, tap)]
@@ -513,14 +544,20 @@ class _Product:
         return load_of(self.weight, group * self.panels + panel, tap, depth, lane)
 
 
-def tiles_of(widths: Sequence[int], start: int, stop: int) -> list[tuple[int, bool, int]]:
-    """Runs of equal tiles as (width, whether between start and stop, how many); those that are not, one by one."""
+def tiles_of(widths: Sequence[int], start: int, stop: int, *, alike: bool = False) -> list[tuple[int, bool, int]]:
+    """Runs of equal tiles as (width, whether between start and stop, how many); those that are not, one by one.
+
+    Args:
+        widths: of the tiles, in their order.
+        start, stop: between what.
+        alike: whether those that are not between are alike too.
+    """
     runs: list[tuple[int, bool, int]] = []
     place = 0
     for width in widths:
         inside = start <= place and place + width <= stop
-        if inside and runs and runs[-1][:2] == (width, True):
-            runs[-1] = (width, True, runs[-1][2] + 1)
+        if (inside or alike) and runs and runs[-1][:2] == (width, inside):
+            runs[-1] = (width, inside, runs[-1][2] + 1)
         else:
             runs.append((width, inside, 1))
         place += width

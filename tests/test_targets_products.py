@@ -87,6 +87,30 @@ def test_long_rows_and_columns():
     check(net.model(rows, columns), [array(2, 5, 1000), array(1, 16, 300, 1)])
 
 
+LONG_WINDOWS = [
+    # inputs, outputs, row, kernel, stride, pads, dilation, groups
+    (1, 20, 1024, 512, 4, (254, 254), 1, 1),
+    (16, 16, 128, 64, 1, (32, 31), 1, 1),
+    (16, 16, 60, 64, 1, (32, 31), 1, 4),
+    (3, 10, 5, 17, 1, (12, 12), 1, 1),
+    (4, 9, 70, 31, 2, (45, 44), 3, 1),
+    (33, 33, 90, 65, 1, (32, 32), 1, 33),
+    (10, 10, 3, 33, 2, (16, 17), 1, 10),
+]
+
+
+def test_windows_too_long_to_be_written_out():
+    net, outputs, arrays = Net(), [], []
+    for inputs, channels, row, kernel, stride, pads, dilation, groups in LONG_WINDOWS:
+        attributes = {"pads": pads, "strides": [stride], "dilations": [dilation], "group": groups}
+        outputs.append(net.conv(net.input(2, inputs, row), array(channels, inputs // groups, kernel), **attributes))
+        arrays.append(array(2, inputs, row))
+    images = net.input(1, 24, 20, 30)
+    outputs.append(net.conv(images, array(24, 1, 31, 31) / 31, pads=[15] * 4, group=24))
+    outputs.append(net.conv(images, array(8, 24, 2, 41) / 41, pads=[0, 20, 0, 20]))
+    check(net.model(*outputs), [*arrays, array(1, 24, 20, 30)])
+
+
 @pytest.mark.parametrize("rows", [1, 5, 130])
 def test_products(rows):
     net = Net()
