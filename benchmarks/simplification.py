@@ -17,9 +17,7 @@ import collections
 import contextlib
 import itertools
 import json
-import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -35,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+from processes import run_measured
 from rich.console import Console
 from rich.table import Table
 
@@ -53,13 +52,6 @@ _ONNXRUNTIME = (
     "options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC\n"
     "options.optimized_model_filepath = sys.argv[2]\n"
     "ort.InferenceSession(sys.argv[1], options, providers=['CPUExecutionProvider'])"
-)
-# Linux counts the memory of the process that starts another as the other's: so a small one starts it.
-_LAUNCHER = (
-    "import os, sys\n"
-    "pid = os.spawnv(os.P_NOWAIT, sys.argv[1], sys.argv[1:])\n"
-    "_, status, usage = os.wait4(pid, 0)\n"
-    "print('\\n', os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss)"
 )
 
 
@@ -123,33 +115,9 @@ class Bench:
         if not peer.command[0].startswith("{bin}"):
             words.insert(0, str(python))
         target.unlink(missing_ok=True)
-        said = self._said(words)
-        if said is None:
-            return f"ran longer than {self.timeout:.0f} s", 0.0, 0
-        *lines, figures = said.rstrip("\n").split("\n")
-        status, cpu, peak = figures.split()
-        last = next((line.strip()[:200] for line in reversed(lines) if line.strip()), "nothing was printed")
-        failure = "" if status == "0" and target.exists() else f"exit status {status}, {last}"
-        return failure, float(cpu), int(peak) * 1024
-
-    def _said(self, words: Sequence[str]) -> str | None:
-        """What a command prints, and the launcher's figures in the last line; None where it had to be stopped."""
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _LAUNCHER, *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            cwd=self.folder,
-            start_new_session=True,
-            text=True,
-            errors="replace",
-        )
-        try:
-            return process.communicate(timeout=self.timeout)[0]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            return None
+        finished = run_measured(words, self.folder, self.timeout)
+        missing = "" if target.exists() else "it wrote nothing"
+        return finished.failure or missing, finished.cpu_seconds, finished.peak_bytes
 
 
 # ------------------------------------------------------------------------------------------------------- what came out
