@@ -4,7 +4,7 @@ A pair is a Python module in a folder of your own, as for ``pairs.py``. Every to
 same calibration samples (without labels) and the original model; a row of the table holds
 
 * the score of the original and of the result on the labelled test set;
-* how often both have the same largest element along the last axis of the first output, and its signal over noise in dB;
+* how often both have the same largest element along the last axis of the first float output, and its SQNR;
 * the bytes of the file, and of all that is stored in its tensors, over the original's;
 * the median latency of the original over the result's in ONNX Runtime (higher is faster), one thread, interleaved;
 * CPU seconds (children included) and peak memory of the process that quantized.
@@ -101,7 +101,7 @@ def weight_bytes(path: Path) -> int:
 
 
 def compare(folder: str, name: str, original: str, result: str) -> tuple[float, float, float, float]:
-    """Score of the original and of the result, share of equal decisions (NaN: no classes), SQNR of the first output."""
+    """Score of the original and of the result, share of equal decisions (NaN: no classes), SQNR."""
     sys.path.insert(0, folder)
     pair = importlib.import_module(name)
     _, feeds, labels = pair.load("test")
@@ -109,7 +109,8 @@ def compare(folder: str, name: str, original: str, result: str) -> tuple[float, 
     wanted, got = (run(_session(path), feeds) for path in (original, result))
     equal, total, noise, signal = 0, 0, 0.0, 0.0
     for before, after in zip(wanted, got, strict=True):
-        true, value = np.asarray(before[0], np.float64), np.asarray(after[0], np.float64)
+        index = next(index for index, output in enumerate(before) if output.dtype.kind == "f")
+        true, value = np.asarray(before[index], np.float64), np.asarray(after[index], np.float64)
         noise += float(np.square(value - true).sum())
         signal += float(np.square(true).sum())
         if 1 < true.ndim <= _MOST_AXES and true.shape[-1] > 1:
