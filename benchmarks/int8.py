@@ -9,8 +9,9 @@ same calibration samples (without labels) and the original model; a row of the t
 * the median latency of the original over the result's in ONNX Runtime (higher is faster), one thread, interleaved;
 * CPU seconds (children included) and peak memory of the process that quantized.
 
-The row ``fp32`` runs the original over the calibration samples. ``-7`` behind a tool means 7-bit weights: ONNX
-Runtime's kernels for x86 processors without VNNI saturate with 8 bits, and give other numbers than elsewhere.
+The row ``fp32`` runs the original over the calibration samples. A number behind a tool is the width of its weights in
+bits, where it is not the tool's default: ONNX Runtime's kernels for x86 processors without VNNI saturate with 8 bits,
+and give other numbers there than elsewhere.
 
 Run as ``python benchmarks/int8.py FOLDER [NAME …]``, with ``--peer nncf=/path/to/python`` for each peer that you have,
 or ``--install ENVIRONMENTS`` to make their environments. A tool that fails on a model leaves its reason in the row.
@@ -42,8 +43,7 @@ from onnxslim.model_files import size_on_disk
 from onnxslim.runtime import Feed, Session, interleaved_latency
 
 _PEERS = {"nncf": ("nncf==3.4.0",), "onnxsim": ("onnxsim==0.8.1",)}
-_REDUCED = "-7"
-_TOOLS = ("fp32", "ours", f"ours{_REDUCED}", "ort", f"ort{_REDUCED}")
+_TOOLS = ("fp32", "ours", "ours-8", "ort", "ort-7")
 _HEAD = (
     "| pair | tool | fp32 | score | agree | SQNR, dB | file | weights | speed | CPU s | peak MB |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -156,9 +156,9 @@ def rows(pair: ModuleType, name: str, tools: dict[str, Path], arguments: argpars
     for tool, python in tools.items():
         target = output / f"{tool}.onnx"
         target.unlink(missing_ok=True)
-        kind, bits = tool.removesuffix(_REDUCED), "7" if tool.endswith(_REDUCED) else "8"
+        kind, *bits = tool.split("-")
         script = str(Path(__file__).with_name("quantizers.py"))
-        words = [str(python), script, kind, str(original), str(target), str(data), bits]
+        words = [str(python), script, kind, str(original), str(target), str(data), *bits]
         finished = run_measured(words, output, arguments.timeout)
         cost = f"{finished.cpu_seconds:.1f} | {finished.peak_bytes / 1e6:.0f}"
         try:

@@ -22,7 +22,7 @@ def _feeds(folder: str) -> Iterator[dict[str, np.ndarray]]:
             yield dict(arrays)
 
 
-def fp32(source: str, target: str, folder: str, weight_bits: int) -> None:
+def fp32(source: str, target: str, folder: str, weight_bits: int | None) -> None:
     """Run the model over the feeds."""
     import onnxruntime
 
@@ -32,7 +32,7 @@ def fp32(source: str, target: str, folder: str, weight_bits: int) -> None:
     Path(target).write_bytes(Path(source).read_bytes())
 
 
-def ours(source: str, target: str, folder: str, weight_bits: int) -> None:
+def ours(source: str, target: str, folder: str, weight_bits: int | None) -> None:
     """What ``onnxslim optimize`` does by default, without its measuring."""
     import onnxslim
     from onnxslim.data import open_dataset
@@ -41,7 +41,11 @@ def ours(source: str, target: str, folder: str, weight_bits: int) -> None:
 
     model = onnxslim.load(source)
     data = open_dataset(folder, Session(source).specs)
-    for step in (FoldConstants(), Simplify(), QuantizeStatic(reduce_range=weight_bits == 7)):
+    for step in (
+        FoldConstants(),
+        Simplify(),
+        QuantizeStatic(reduce_range="auto" if weight_bits is None else weight_bits < 8),
+    ):
         outcome = step.run(model, Context(calibration=data))
     model.save(target)
     for refusal in outcome.refusals:
@@ -49,7 +53,7 @@ def ours(source: str, target: str, folder: str, weight_bits: int) -> None:
     print(outcome.numbers)
 
 
-def ort(source: str, target: str, folder: str, weight_bits: int) -> None:
+def ort(source: str, target: str, folder: str, weight_bits: int | None) -> None:
     """ONNX Runtime's quantize_static with the types that it advises for x86, and scales a channel where it can."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -73,7 +77,7 @@ def ort(source: str, target: str, folder: str, weight_bits: int) -> None:
     )
 
 
-def nncf(source: str, target: str, folder: str, weight_bits: int) -> None:
+def nncf(source: str, target: str, folder: str, weight_bits: int | None) -> None:
     """NNCF's post-training quantization with its defaults."""
     import nncf
     import onnx
@@ -82,7 +86,7 @@ def nncf(source: str, target: str, folder: str, weight_bits: int) -> None:
     onnx.save(nncf.quantize(onnx.load(source), nncf.Dataset(samples), subset_size=len(samples)), target)
 
 
-def onnxsim(source: str, target: str, folder: str, weight_bits: int) -> None:
+def onnxsim(source: str, target: str, folder: str, weight_bits: int | None) -> None:
     """Quantize with the defaults of onnxsim."""
     import onnx
     import onnxsim
@@ -93,5 +97,5 @@ def onnxsim(source: str, target: str, folder: str, weight_bits: int) -> None:
 if __name__ == "__main__":
     tool, model, result, data, *bits = sys.argv[1:]
     {"fp32": fp32, "ours": ours, "ort": ort, "nncf": nncf, "onnxsim": onnxsim}[tool](
-        model, result, data, int(bits[0]) if bits else 8
+        model, result, data, int(bits[0]) if bits else None
     )

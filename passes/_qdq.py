@@ -27,6 +27,7 @@ __all__ = ["LEVELS", "Code", "Emitter", "TensorCode", "chain_code", "code_of_ran
 
 FloatArray = NDArray[np.float64]
 LEVELS = 255
+CODE_LIMIT = 127
 _EXACT_STEPS = 8
 _BIAS_LIMIT = 2**30  # half of what an int32 bias may hold: the accumulator needs the rest
 
@@ -78,18 +79,27 @@ _DEAD = 1e-30
 
 
 def quantize_weight(
-    weight: NDArray[np.float32], axis: int | None, limit: int = 127, floor: FloatArray | float = 0.0
+    weight: NDArray[np.float32], axis: int | None, *, pairs: bool = False, floor: FloatArray | float = 0.0
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Symmetric int8 codes of a weight, and their scales: ``[channels]`` along ``axis``, or a scalar when it is None.
 
-    ``floor`` bounds the scales from below: an all but dead channel with a bias would otherwise overflow its int32 bias.
+    ``pairs`` keeps the sum of any two codes of one channel and sign at 128 at most, so that kernels which add two
+    products in 16 bits are exact in whatever order they take them. ``floor`` bounds the scales from below: an all but
+    dead channel with a bias would otherwise overflow its int32 bias.
     """
-    others = None if axis is None else tuple(index for index in range(weight.ndim) if index != axis)
-    largest = np.abs(weight).max(axis=others)
-    least = floor if axis is not None else np.max(floor)
-    scale = np.asarray(np.maximum(np.where(largest > _DEAD, largest / limit, 1.0), least), np.float32)
+    rows = weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    largest = np.abs(rows).max(axis=1)
+    if pairs and rows.shape[1] > 1:
+        for signed in (rows, -rows):
+            two = np.partition(np.maximum(signed, 0), -2, axis=1)[:, -2:]
+            # 255 * 128 just fits into 16 bits: 127 before rounding, which may add one.
+            largest = np.maximum(largest, two.sum(axis=1))
+    scale = np.where(largest > _DEAD, largest / CODE_LIMIT, 1.0)
+    scale = np.maximum(scale, floor if axis is not None else np.max(floor)).astype(np.float32)
+    if axis is None:
+        scale = scale.reshape(())
     shaped = scale if axis is None else scale.reshape([-1 if index == axis else 1 for index in range(weight.ndim)])
-    return np.clip(np.rint(weight / shaped), -limit, limit).astype(np.int8), scale
+    return np.clip(np.rint(weight / shaped), -CODE_LIMIT, CODE_LIMIT).astype(np.int8), scale
 
 
 @dataclass
@@ -99,7 +109,7 @@ class Emitter:
     Attributes:
         codes: by tensor name, for all that the placement carries or feeds.
         corrections: what to add to the bias of an anchor, by its name.
-        limit: the largest magnitude of a weight code.
+        reduce_range: whether weight codes must be such that products can be added in 16 bits.
         probes: when not None, mean corrections are measured inside the graph: see :mod:`onnxslim.passes._correction`.
     """
 
@@ -107,7 +117,7 @@ class Emitter:
     placement: Placement
     codes: dict[str, TensorCode]
     corrections: dict[str, FloatArray] = field(default_factory=dict)
-    limit: int = 127
+    reduce_range: bool = False
     probes: dict[str, tuple[str, str]] | None = None
 
     def __post_init__(self) -> None:
@@ -157,7 +167,7 @@ class Emitter:
             bias = (0.0 if bias is None else bias) + self.corrections[anchor.name]
         step = self.codes[data].read.scale
         floor = 0.0 if bias is None else np.abs(bias) / (step * _BIAS_LIMIT)
-        weight, scale = self._weight(node.inputs[1], anchor.axis, floor)
+        weight, scale = self._weight(node.inputs[1], anchor, floor)
         node.inputs[1] = weight
         if bias is not None:
             variable = self._bias(bias, np.asarray(scale * step, np.float64))
@@ -258,12 +268,11 @@ class Emitter:
             self._scalars[key] = gs.Constant(self.model.fresh_name(f"{kind}{len(self._scalars)}"), np.asarray(value))
         return self._scalars[key]
 
-    def _weight(
-        self, weight: gs.Constant, axis: int | None, floor: FloatArray | float
-    ) -> tuple[gs.Variable, np.ndarray]:
+    def _weight(self, weight: gs.Constant, anchor: Anchor, floor: FloatArray | float) -> tuple[gs.Variable, np.ndarray]:
         """The dequantized weight and its scales, at least ``floor``; stored once for all nodes that share both."""
-        values = np.asarray(weight.values, np.float32)
-        codes, scale = quantize_weight(values, axis, self.limit, floor)
+        values, axis = np.asarray(weight.values, np.float32), anchor.axis
+        pairs = self.reduce_range and not _depthwise(anchor.node)
+        codes, scale = quantize_weight(values, axis, pairs=pairs, floor=floor)
         key = (id(weight), axis, scale.tobytes())
         if key not in self._weights:
             result = self._variable("w", np.float32)
@@ -303,6 +312,12 @@ def channel_mean(model: Model, anchor: Anchor, source: gs.Tensor, result: gs.Var
         return gs.Node("ReduceMean", result.name, {"axes": axes, "keepdims": 1}, inputs=[source], outputs=[result])
     constant = gs.Constant(model.fresh_name(f"{result.name}_axes"), np.asarray(axes, np.int64))
     return gs.Node("ReduceMean", result.name, {"keepdims": 1}, inputs=[source, constant], outputs=[result])
+
+
+def _depthwise(node: gs.Node) -> bool:
+    """Whether a Conv sees one channel at a time: the kernel for these adds in 32 bits everywhere."""
+    channels, inside = node.inputs[1].shape[:2]
+    return node.op == "Conv" and inside == 1 and node.attrs.get("group", 1) == channels
 
 
 def _bias_value(node: gs.Node, channels: int) -> FloatArray | None:

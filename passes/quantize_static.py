@@ -23,6 +23,7 @@ from onnxslim.passes._correction import corrections, output_error
 from onnxslim.passes._opset import raise_opset
 from onnxslim.passes._placement import ANCHORS, Anchor, Placement, anchor_obstacle, matches, weight_axis
 from onnxslim.passes._qdq import LEVELS, Emitter, FloatArray, TensorCode, chain_code, code_of_range
+from onnxslim.passes._saturation import kernels_saturate
 from onnxslim.passes._weight_only import quantize_stored_weights
 from onnxslim.passes.base import Context, Outcome, Pass
 from onnxslim.runtime import Session
@@ -69,8 +70,9 @@ class QuantizeStatic(Pass):
     percentile: float = Field(99.99, gt=50, le=100, description="share of values inside the range, for percentile")
     max_samples: int = Field(128, ge=1, description="calibration samples used, at most")
     per_channel: bool = Field(True, description="one weight scale an output channel instead of one a tensor")
-    reduce_range: bool = Field(
-        False, description="7-bit weights: exact on x86 processors without VNNI, which saturate with 8 bits"
+    reduce_range: Literal["auto"] | bool = Field(
+        "auto",
+        description="weights that x86 processors without VNNI multiply exactly, some 7 bits wide; auto: on those",
     )
     bias_correction: bool = Field(True, description="let biases take back the mean shift of rounding")
     weight_only: bool = Field(True, description="store the weights that have no integer kernel in int8 as well")
@@ -168,6 +170,11 @@ class _Run:
             "ranges clipped": float(self._clipped(placement)),
             "calibration samples": float(self.data.samples),
         }
+
+    @property
+    def _reduced(self) -> bool:
+        reduce_range = self.options.reduce_range
+        return kernels_saturate() if reduce_range == "auto" else reduce_range
 
     # ---------------------------------------------------------------------------------------------------- placement
 
@@ -298,7 +305,7 @@ class _Run:
     # --------------------------------------------------------------------------------------------------- correction
 
     def _emitter(self, model: Model, placement: Placement, found: dict[str, FloatArray]) -> Emitter:
-        return Emitter(model, placement, self.codes, found, 63 if self.options.reduce_range else 127)
+        return Emitter(model, placement, self.codes, found, self._reduced)
 
     def _emitted(self, found: dict[str, FloatArray]) -> Model:
         result = self.model.copy()
