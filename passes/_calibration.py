@@ -27,7 +27,7 @@ Method = Literal["mse", "minmax", "percentile"]
 Histogram = NDArray[np.float64]
 
 BINS = 2048
-_CHUNK_BYTES = 128 << 20  # of activations fetched at once in pass two
+_CHUNK_BYTES = 32 << 20  # of activations fetched at once in pass two
 _DRAWN = 1 << 16  # elements drawn from one tensor of one sample: enough for a histogram of 2048 bins
 _GRID = np.linspace(1.0, 0.1, 37)
 

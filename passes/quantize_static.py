@@ -36,7 +36,7 @@ __all__ = ["QuantizeStatic"]
 
 _OPSET = 13  # the first with per-channel DequantizeLinear
 _BROADCAST_OPSET = 7  # the first in which Mul broadcasts as stored weights need it
-_BATCH_BYTES = 48 << 20  # of the largest activation in one batch
+_BATCH_BYTES = 64 << 20  # of all activations of one batch: a few sessions hold some of them at a time
 _BATCH = 32
 _FIT_SHARE = 0.75  # of the calibration data corrects biases; the rest decides whether that is kept
 _MOST_FIT, _MOST_HELD = 48, 16  # batches
@@ -146,8 +146,8 @@ class _Run:
         try:
             first = next(iter(self.data))
             probe = observe(self.model, names, [first], lambda: None)
-            largest = max((4 * entry.elements for entry in probe.values()), default=1)
-            batch = max(1, min(_BATCH, _BATCH_BYTES // max(largest, 1)))
+            each = 4 * sum(entry.elements for entry in probe.values())
+            batch = max(1, min(_BATCH, _BATCH_BYTES // max(each, 1)))
             self.observed = observe(self.model, names, self.data.batches(batch), self._progress(0, 30, batch))
         except ModelError as error:
             self.outcome.refuse("qdq", "model", f"its activations cannot be observed: {error}")

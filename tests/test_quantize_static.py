@@ -452,6 +452,20 @@ def test_ragged_feeds_and_dynamic_sizes():
     assert decibels(proto, model, batch) > 25
 
 
+def test_batches_are_bounded_by_all_activations_of_the_model(monkeypatch):
+    b = Builder()
+    source = b.conv("x", "c0", 1, 64, kernel=1)
+    for index in range(1, 6):
+        source = b.conv(source, f"c{index}", 64, 64, groups=64)
+    b.node("GlobalAveragePool", [source], "y")
+    proto = b.model({"x": ["N", 1, 96, 96]}, {"y": ["N", 64, 1, 1]})  # 14 MB of activations a sample
+    sizes = []
+    plain = Session.run
+    monkeypatch.setattr(Session, "run", lambda self, feed: sizes.append(len(feed["x"])) or plain(self, feed))
+    quantize(proto, images(12, channels=1, size=96))
+    assert max(sizes) == 4
+
+
 def test_extremes_of_all_feeds_are_observed():
     proto = mobile_block()
     model = load(proto)
