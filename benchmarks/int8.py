@@ -111,6 +111,11 @@ def compare(folder: str, name: str, original: str, result: str) -> tuple[float, 
     for before, after in zip(wanted, got, strict=True):
         index = next(index for index, output in enumerate(before) if output.dtype.kind == "f")
         true, value = np.asarray(before[index], np.float64), np.asarray(after[index], np.float64)
+        if true.shape != value.shape:  # a loop that ended elsewhere: what both have is compared, the rest is noise
+            both = tuple(slice(min(pair)) for pair in zip(true.shape, value.shape, strict=True))
+            padded = np.zeros_like(true)
+            padded[both] = value[both]
+            value = padded
         noise += float(np.square(value - true).sum())
         signal += float(np.square(true).sum())
         if 1 < true.ndim <= _MOST_AXES and true.shape[-1] > 1:
