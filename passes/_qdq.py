@@ -317,7 +317,7 @@ def channel_mean(model: Model, anchor: Anchor, source: gs.Tensor, result: gs.Var
 def _depthwise(node: gs.Node) -> bool:
     """Whether a Conv sees one channel at a time: the kernel for these adds in 32 bits everywhere."""
     channels, inside = node.inputs[1].shape[:2]
-    return node.op == "Conv" and inside == 1 and node.attrs.get("group", 1) == channels
+    return bool(node.op == "Conv" and inside == 1 and node.attrs.get("group", 1) == channels)
 
 
 def _bias_value(node: gs.Node, channels: int) -> FloatArray | None:
