@@ -107,11 +107,11 @@ def channels_last() -> Any:
 
     @tvm.transform.module_pass(opt_level=0, name="onnxslim_channels_last")  # type: ignore[untyped-decorator]
     def apply(module: Any, _context: Any) -> Any:
-        function = module["main"]
-        if not any(_convolves(binding) for block in function.body.blocks for binding in block.bindings):
-            return module
-        rewritten = _Walk(relax.BlockBuilder(), function).rewritten()
-        module.update_func(module.get_global_var("main"), rewritten)
+        for name, function in module.functions_items():
+            if isinstance(function, relax.Function) and any(
+                _convolves(binding) for block in function.body.blocks for binding in block.bindings
+            ):
+                module.update_func(name, _Walk(relax.BlockBuilder(), function).rewritten())
         return module
 
     return apply

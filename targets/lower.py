@@ -62,6 +62,8 @@ def import_model(prepared: Prepared, target: Target) -> Any:
     """
     load_tvm()
     frontend = importlib.import_module("tvm.relax.frontend.onnx.onnx_frontend")
+    from tvm import relax
+
     from onnxslim.targets.import_ops import converters
 
     ours = converters(Machine.of(target))
@@ -72,15 +74,27 @@ def import_model(prepared: Prepared, target: Target) -> Any:
         def _check_for_unsupported_ops(self, graph: Any) -> None:
             """Nothing: the stock check does not know our converters; coverage.py has made this one."""
 
+        def _convert_subgraph(self, builder: Any, graph: Any) -> Any:
+            """A sequence of its own; the stock one puts both branches in front of the If, which computes both."""
+            builder._begin_binding_block()
+            result = super()._convert_subgraph(builder, graph)
+            return relax.SeqExpr([builder._end_block()], result)
+
         def _convert_operator(self, op_name: str, inputs: Any, attrs: dict[str, Any], opset: int) -> Any:
             try:
                 converter = ours.get(op_name)
                 made = None if converter is None else converter(self.bb, list(inputs), attrs, opset)
-                if made is not None:
-                    return made
-                return super()._convert_operator(op_name, inputs, attrs, opset)
+                if made is None:
+                    made = super()._convert_operator(op_name, inputs, attrs, opset)
+                return self._bound(made)
             except Exception as error:
                 raise _NodeError(op_name, str(attrs.get("tvm_custom", {}).get("name", "")), error) from error
+
+        def _bound(self, made: Any) -> Any:
+            """A result as a variable of the block that made it: bound when first read, it may be so in one branch."""
+            if isinstance(made, relax.Tuple):
+                return relax.Tuple([self._bound(each) for each in made.fields])
+            return self.bb.emit(made) if isinstance(made, relax.Call | relax.TupleGetItem) else made
 
     importer = Importer({}, "float32")
     try:
@@ -230,6 +244,8 @@ def _fusing(tiling: Tiling | None) -> list[Any]:
     """The part of the pipeline that ends with fused kernels."""
     from tvm import relax
 
+    from onnxslim.targets.outline import outline_branches
+
     step = relax.transform
     ours: dict[str, Any] = {}
     layout = []
@@ -242,6 +258,7 @@ def _fusing(tiling: Tiling | None) -> list[Any]:
     return [
         relax.backend.DispatchSampling(),
         relax.backend.DispatchSortScan(),
+        outline_branches(),
         # An If leaves the importer without dataflow blocks, in which alone fusion works.
         step.ConvertToDataflow(),
         step.CanonicalizeBindings(),

@@ -17,7 +17,6 @@ __all__ = ["profile"]
 
 _WARMUP = 2
 _FEWEST, _MOST = 3, 50
-_RUNTIME = "vm.builtin."
 RUNTIME_ROW = "memory, shapes, checks"
 """What calls of the runtime are summed up as."""
 
@@ -109,7 +108,7 @@ class _Clock:
 def _rows(clock: _Clock, kernels: Mapping[str, KernelEntry], peak: float) -> list[KernelTime]:
     groups: dict[str, list[str]] = {}
     for name in clock.milliseconds:
-        groups.setdefault(RUNTIME_ROW if name.startswith(_RUNTIME) else name, []).append(name)
+        groups.setdefault(name if name in kernels else RUNTIME_ROW, []).append(name)
     calls, medians = {}, {}
     for group, names in groups.items():
         calls[group] = round(sum(clock.calls[name] for name in names) / clock.inferences)

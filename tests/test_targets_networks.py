@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from compiled_nets import Net, array, check
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper, parser
 
 from onnxslim.targets import compile as compile_model
 from onnxslim.targets import find_target, verify
@@ -239,6 +239,39 @@ def test_branches_that_hold_convolutions():
     after = net.conv(chosen, weight(8, 8, 1, 1))
     data = array(1, 8, 6, 6)
     check(net.model(after, image), [data, np.array(True)], [data, np.array(False)])
+
+
+def test_only_the_branch_that_is_taken_is_computed():
+    """Nested branches that share what comes before them."""
+    model = parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (bool c, bool d, float[4, 16] x) => (float[4, 16] y, float[4, 16] s) {
+            r = Relu (x)
+            s = Sigmoid (r)
+            y = If (c) <
+                then_branch = a () => (float[4, 16] t) {
+                    m = MatMul (r, w)
+                    n = Exp (s)
+                    t = If (d) <
+                        then_branch = aa () => (float[4, 16] p) { p0 = Add (m, n) p = Tanh (p0) },
+                        else_branch = ab () => (float[4, 16] q) { q0 = MatMul (n, v) q = Sub (q0, x) }>
+                },
+                else_branch = b () => (float[4, 16] e) {
+                    e0 = MatMul (s, v) e1 = Add (e0, r) e = Cos (e1)
+                }>
+        }"""
+    )
+    model.graph.initializer.extend(numpy_helper.from_array(weight(16, 16), name) for name in "wv")
+    choices = ((True, True), (True, False), (False, True))
+    feeds = [[np.array(c), np.array(d), array(4, 16)] for c, d in choices]
+    bundle = check(model, *feeds)
+    kernels, called = bundle.manifest.kernels, []
+    bundle.watch(lambda name, before: called.append(kernels[name].op) if name in kernels else None)
+    for arrays, inside, outside in zip(feeds, ("tanh", "subtract", "cos"), ("subtract", "cos", "tanh"), strict=True):
+        called.clear()
+        bundle.run(dict(zip("cdx", arrays, strict=True)))
+        assert any(inside in op for op in called)
+        assert not any(outside in op for op in called)
 
 
 # --------------------------------------------------------------------------------------------------- random networks
