@@ -93,6 +93,7 @@ class Placement:
 
     Attributes:
         anchors: by output name.
+        carries: whether codes are carried from layer to layer, or only made for what layers read.
         chains: by output name, those that run on codes.
         propagators: by name of the first output, those that run on codes.
         carried: tensors whose producer writes codes: every reader gets the dequantized value.
@@ -106,6 +107,7 @@ class Placement:
     banned: set[str]
     anchors: dict[str, Anchor]
     exclude: tuple[str, ...] = ()
+    carries: bool = True
     chains: dict[str, Chain] = field(default_factory=dict)
     propagators: dict[str, Propagator] = field(default_factory=dict)
     carried: set[str] = field(default_factory=set)
@@ -139,7 +141,7 @@ class Placement:
 
     def _hopeless(self, anchor: Anchor) -> bool:
         data, raw = anchor.node.inputs[0], anchor.node.outputs[0]
-        return data.name in self.banned or (anchor.node.op == "Conv" and raw.name in self.banned)
+        return data.name in self.banned or (self.carries and anchor.node.op == "Conv" and raw.name in self.banned)
 
     def _is_float(self, tensor: gs.Tensor) -> bool:
         return self.shapes.dtype(tensor) == np.float32
@@ -207,7 +209,7 @@ class Placement:
             if not node.outputs:
                 continue
             name = node.outputs[0].name
-            if name in self._dropped:
+            if name in self._dropped or not self.carries:
                 continue
             if name in self.anchors:
                 if name not in self.banned:

@@ -2,8 +2,9 @@
 
     real = scale * (code - zero)
 
-Activations are uint8 with any zero; weights int8 per channel with zero 0; biases int32 with scale ``s_x * s_w``, so
-that they add to the accumulator as they are.
+Activations are 8-bit codes with any zero; weights int8 per channel with zero 0; biases int32 with scale ``s_x * s_w``,
+so that they add to the accumulator as they are. How that is written depends on the :class:`Runtime`: codes are thought
+of as uint8 everywhere, and are 128 less where a runtime takes int8.
 
 A tensor that is carried keeps its name on the DequantizeLinear, so graph outputs, bodies and float readers need no
 change. New tensors have short names: a file of small weights would otherwise grow by them.
@@ -19,6 +20,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxslim.passes._placement import Anchor, Chain, Placement, weight_axis
+from onnxslim.passes._runtimes import RUNTIMES, Runtime
 
 if TYPE_CHECKING:
     from onnxslim.model import Model
@@ -27,6 +29,7 @@ __all__ = ["LEVELS", "Code", "Emitter", "TensorCode", "chain_code", "code_of_ran
 
 FloatArray = NDArray[np.float64]
 LEVELS = 255
+MIDDLE = 128  # the code that is 0 in int8
 CODE_LIMIT = 127
 _EXACT_STEPS = 8
 _BIAS_LIMIT = 2**30  # half of what an int32 bias may hold: the accumulator needs the rest
@@ -48,12 +51,12 @@ class TensorCode:
     read: Code
 
 
-def code_of_range(low: float, high: float) -> TensorCode:
-    """The code of the range ``low <= 0 <= high``; zero is exact."""
-    scale = float(np.float32((high - low) / LEVELS))
+def code_of_range(low: float, high: float, *, symmetric: bool = False) -> TensorCode:
+    """The code of the range ``low <= 0 <= high``; zero is exact, and in the middle where ``symmetric``."""
+    scale = float(np.float32(max(-low, high) / CODE_LIMIT if symmetric else (high - low) / LEVELS))
     if not scale > np.finfo(np.float32).tiny:
         scale = 1.0
-    code = Code(scale, int(np.clip(round(-low / scale), 0, LEVELS)))
+    code = Code(scale, MIDDLE if symmetric else int(np.clip(round(-low / scale), 0, LEVELS)))
     return TensorCode(code, code)
 
 
@@ -110,6 +113,7 @@ class Emitter:
         codes: by tensor name, for all that the placement carries or feeds.
         corrections: what to add to the bias of an anchor, by its name.
         reduce_range: whether weight codes must be such that products can be added in 16 bits.
+        runtime: for which it is written.
         probes: when not None, mean corrections are measured inside the graph: see :mod:`onnxslim.passes._correction`.
     """
 
@@ -118,6 +122,7 @@ class Emitter:
     codes: dict[str, TensorCode]
     corrections: dict[str, FloatArray] = field(default_factory=dict)
     reduce_range: bool = False
+    runtime: Runtime = RUNTIMES["onnxruntime"]
     probes: dict[str, tuple[str, str]] | None = None
 
     def __post_init__(self) -> None:
@@ -191,7 +196,7 @@ class Emitter:
     def _emit_moved(self, node: gs.Node) -> None:
         source, output = node.inputs[0].name, node.outputs[0]
         node.inputs[0] = self._quantized[source]
-        codes = self._variable("q", np.uint8)
+        codes = self._variable("q", self.runtime.dtype)
         node.outputs[0] = codes
         if node.op == "Pad" and node.attrs.get("mode", "constant") == "constant":
             zero = self._zero(self.codes[source].read.zero)
@@ -246,7 +251,7 @@ class Emitter:
     def _write_codes(self, raw: gs.Tensor, result: gs.Tensor, code: TensorCode | None = None) -> None:
         """Append ``raw -> QuantizeLinear -> DequantizeLinear -> result``."""
         code = code or self.codes[result.name]
-        codes = self._variable("q", np.uint8)
+        codes = self._variable("q", self.runtime.dtype)
         inputs = [raw, self._scale(code.write.scale), self._zero(code.write.zero)]
         self._nodes.append(gs.Node("QuantizeLinear", codes.name, inputs=inputs, outputs=[codes]))
         self._quantized[result.name] = codes
@@ -260,7 +265,7 @@ class Emitter:
         return self._scalar("s", np.float32(value))
 
     def _zero(self, value: int) -> gs.Constant:
-        return self._scalar("z", np.uint8(value))
+        return self._scalar("z", self.runtime.dtype(value - MIDDLE if self.runtime.signed else value))
 
     def _scalar(self, kind: str, value: np.generic) -> gs.Constant:
         key = (kind, float(value))
@@ -291,8 +296,10 @@ class Emitter:
             self._zeros[shape] = gs.Constant(self.model.fresh_name(f"z{len(self._nodes)}"), np.zeros(shape, np.int8))
         return self._zeros[shape]
 
-    def _bias(self, bias: FloatArray, scale: FloatArray) -> gs.Variable:
-        """The dequantized int32 bias; ``scale`` ``[channels]`` or a scalar is that of the accumulator."""
+    def _bias(self, bias: FloatArray, scale: FloatArray) -> gs.Tensor:
+        """The bias; as dequantized int32, ``scale`` ``[channels]`` or a scalar is that of the accumulator."""
+        if not self.runtime.integer_bias:
+            return gs.Constant(self.model.fresh_name(f"b{len(self._nodes)}"), np.asarray(bias, np.float32))
         codes = np.clip(np.rint(bias / scale), -(2**31) + 1, 2**31 - 1).astype(np.int32)
         result = self._variable("b", np.float32)
         inputs = [

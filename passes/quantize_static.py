@@ -23,6 +23,7 @@ from onnxslim.passes._correction import corrections, output_error
 from onnxslim.passes._opset import raise_opset
 from onnxslim.passes._placement import ANCHORS, Anchor, Placement, anchor_obstacle, matches, weight_axis
 from onnxslim.passes._qdq import LEVELS, Emitter, FloatArray, TensorCode, chain_code, code_of_range
+from onnxslim.passes._runtimes import RUNTIMES, RuntimeName
 from onnxslim.passes._saturation import kernels_saturate
 from onnxslim.passes._weight_only import quantize_stored_weights
 from onnxslim.passes.base import Context, Outcome, Pass
@@ -64,6 +65,7 @@ class QuantizeStatic(Pass):
     lossless: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = True
 
+    runtime: RuntimeName = Field("onnxruntime", description="what is to run the file, on which int8 is written to fuse")
     calibration: Literal["auto"] | Method = Field(
         "auto", description="how activation ranges are chosen: mse, minmax, percentile, or auto: by output error"
     )
@@ -174,7 +176,9 @@ class _Run:
     @property
     def _reduced(self) -> bool:
         reduce_range = self.options.reduce_range
-        return kernels_saturate() if reduce_range == "auto" else reduce_range
+        if reduce_range == "auto":
+            return self.options.runtime in ("onnxruntime", "openvino") and kernels_saturate()
+        return reduce_range
 
     # ---------------------------------------------------------------------------------------------------- placement
 
@@ -208,7 +212,8 @@ class _Run:
         small = {name for name, anchor in anchors.items() if self._tiny(anchor)}
         usable = {name: anchor for name, anchor in anchors.items() if name not in small}
         elements = {name: entry.elements for name, entry in self.observed.items()}
-        placement = Placement(model.graph, shapes, elements, banned | unseen, usable, self.options.exclude)
+        carries = RUNTIMES[self.options.runtime].carries
+        placement = Placement(model.graph, shapes, elements, banned | unseen, usable, self.options.exclude, carries)
         if reasons is not None:
             for name in anchors.keys() - placement.anchors.keys():
                 reasons[name] = (
@@ -281,7 +286,8 @@ class _Run:
             entry = self.observed[name]
             low, high = choose_range(entry.low, entry.high, counts.get(name), method, self.options.percentile)
             chain = placement.chains.get(name)
-            self.codes[name] = chain_code(chain, low, high) if chain else code_of_range(low, high)
+            symmetric = RUNTIMES[self.options.runtime].symmetric
+            self.codes[name] = chain_code(chain, low, high) if chain else code_of_range(low, high, symmetric=symmetric)
         self._share_concat(placement)
         for propagator in placement.propagators.values():  # in the order of the graph
             if propagator.kind != "arithmetic":
@@ -305,7 +311,7 @@ class _Run:
     # --------------------------------------------------------------------------------------------------- correction
 
     def _emitter(self, model: Model, placement: Placement, found: dict[str, FloatArray]) -> Emitter:
-        return Emitter(model, placement, self.codes, found, self._reduced)
+        return Emitter(model, placement, self.codes, found, self._reduced, RUNTIMES[self.options.runtime])
 
     def _emitted(self, found: dict[str, FloatArray]) -> Model:
         result = self.model.copy()

@@ -440,6 +440,45 @@ def test_depthwise_weights_use_all_bits_in_a_reduced_range():
     assert np.abs(codes["c1_w_q"]).max() < 127
 
 
+# -------------------------------------------------------------------------------------------------------- runtimes
+
+
+def zero_points(model: Model) -> list[np.ndarray]:
+    return [node.inputs[2].values for node in model.graph.nodes if node.op == "QuantizeLinear"]
+
+
+def test_signed_activations_are_written_alike_and_mean_the_same():
+    proto = mobile_block()
+    plain = {"calibration": "minmax", "bias_correction": False, "reduce_range": False}
+    unsigned, _ = quantize(proto, images(), **plain)
+    signed, _ = quantize(proto, images(), runtime="onnxruntime-arm", **plain)
+    assert all(zero.dtype == np.int8 for zero in zero_points(signed))
+    feed = images(seed=5)[0]
+    one, two = (Session(model, optimize=False).run(feed)["y"] for model in (unsigned, signed))
+    np.testing.assert_allclose(one, two, atol=1e-5)
+    assert ops(signed) == ops(unsigned)
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "tensorrt"])
+def test_runtimes_that_place_codes_themselves_get_inputs_and_weights_only(runtime):
+    proto = mobile_block()
+    model, outcome = quantize(proto, images(), runtime=runtime)
+    assert decibels(proto, model, images(seed=5)) > 25
+    assert outcome.numbers["nodes quantized"] == 4
+    before, after = ops(load(proto)), ops(model)
+    # x, r1, r2 and flat; weights are stored in int8 and only dequantized.
+    assert after - before == Counter(QuantizeLinear=4, DequantizeLinear=8)
+    assert not before - after
+    for node in model.graph.nodes:
+        if node.op in ("Conv", "Gemm"):
+            data, weight, bias = node.inputs
+            assert data.inputs[0].op == weight.inputs[0].op == "DequantizeLinear"
+            assert bias.values.dtype == np.float32
+    kind = np.uint8 if runtime == "openvino" else np.int8
+    assert {zero.dtype for zero in zero_points(model)} == {np.dtype(kind)}
+    assert all(zero == 0 for zero in zero_points(model)) == (runtime == "tensorrt")
+
+
 # ----------------------------------------------------------------------------------------------------- calibration
 
 
