@@ -319,6 +319,10 @@ class _Run:
         drop_value_info(result)
         return result
 
+    def _student(self, model: Model) -> Session:
+        """Runs a quantized model as its runtime does: this processor's kernels may saturate where that one's do not."""
+        return Session(model, optimize=self._reduced or not kernels_saturate())
+
     def _split(self, batch: int) -> _Split:
         """Which batches correct, and which judge; at least one of each where there are two feeds."""
         feeds = sum(1 for _ in self.data.batches(batch))
@@ -331,7 +335,7 @@ class _Run:
     def _correct(self, split: _Split) -> tuple[float, dict[str, FloatArray]]:
         """The least output error on held-back samples, and the corrections that gave it, if any did."""
         teacher = Session(self.model)
-        error = output_error(teacher, Session(self._emitted({})), split.held())
+        error = output_error(teacher, self._student(self._emitted({})), split.held())
         corrected_ops = {anchor.node.op for anchor in self._place(self.model).anchors.values()} & {"Conv", "Gemm"}
         if not (self.options.bias_correction and split.honest and corrected_ops):
             return error, {}
@@ -341,7 +345,7 @@ class _Run:
         emitter.emit()
         drop_value_info(probed)
         found = corrections(watched, self._place(watched), probed, emitter.probes, split.fit())
-        corrected = output_error(teacher, Session(self._emitted(found)), split.held())
+        corrected = output_error(teacher, self._student(self._emitted(found)), split.held())
         return (corrected, found) if corrected < error else (error, {})
 
     def _worst(self, placement: Placement, split: _Split) -> tuple[str, ...]:
@@ -360,7 +364,7 @@ class _Run:
             self._set_codes(single, {}, "percentile")
             self._emitter(alone, single, {}).emit()
             drop_value_info(alone)
-            errors[name] = output_error(teacher, Session(alone), itertools.islice(split.held(), 2))
+            errors[name] = output_error(teacher, self._student(alone), itertools.islice(split.held(), 2))
         return tuple(sorted(errors, key=lambda name: -errors[name])[: self.options.keep_float])
 
     def _clipped(self, placement: Placement) -> int:
