@@ -19,7 +19,7 @@ from tvm.tirx import EQ, GE, GT, LE, LT, NE, FloorDiv, FloorMod, Select, Var
 
 from onnxslim.targets.emit import Expr, Size, index, known, substitute
 
-__all__ = ["Nest", "nests"]
+__all__ = ["Nest", "flattened", "merged", "nests"]
 
 # Pieces of code that one output is cut into at most.
 _PIECES = 12
@@ -46,7 +46,11 @@ class Nest:
 
     def addresses(self) -> list[Expr]:
         """Of all elements that are read, and of the one that is written."""
-        found: list[Expr] = [self.place]
+        return [self.place, *self.loads()]
+
+    def loads(self) -> list[Expr]:
+        """Of all elements that are read."""
+        found: list[Expr] = []
 
         def note(load: TensorLoad) -> None:
             if len(load.indices):
@@ -66,8 +70,8 @@ def nests(axes: list[tuple[Any, Size]], output: Any, indices: list[Expr], value:
         }
         place, inner = [substitute(each, moved) for each in indices], substitute(value, moved)
         nest = Nest(tuple(piece_axes), _flat(output.shape, place), _simplified(inner, piece_axes))
-        nest = _flattened(_split(nest))
-        pieces.append(_merged(nest))
+        nest = flattened(_split(nest))
+        pieces.append(merged(nest))
     return pieces
 
 
@@ -200,7 +204,7 @@ def _divided(nest: Nest) -> tuple[int, int] | None:
 # ------------------------------------------------------------------------------------------------------------- merging
 
 
-def _flattened(nest: Nest) -> Nest:
+def flattened(nest: Nest) -> Nest:
     """Every element by its place in memory."""
     analyzer = _analyzer(nest.axes)
 
@@ -225,7 +229,7 @@ def _load(buffer: Any, place: Expr) -> Expr:
     return tirx.BufferLoad(buffer, [index(0)] * (rank - 1) + [place] if rank else [])
 
 
-def _merged(nest: Nest) -> Nest:
+def merged(nest: Nest) -> Nest:
     """Neighbouring axes that all operands go through as through one are one."""
     axes = [(variable, size) for variable, size in nest.axes if size != 1]
     gone = {variable: index(0) for variable, size in nest.axes if size == 1}

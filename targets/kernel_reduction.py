@@ -14,7 +14,7 @@ from typing import Any
 
 import tvm_ffi
 from tvm import tirx
-from tvm.tirx import Add, Max, Min, Mul, PrimFunc
+from tvm.tirx import Add, Max, Min, Mul, PrimFunc, Var
 
 from onnxslim.targets.emit import (
     Expr,
@@ -34,6 +34,7 @@ from onnxslim.targets.emit import (
     vector,
 )
 from onnxslim.targets.fused import Axis, FusedKernel, Step, load_nodes
+from onnxslim.targets.index_space import Nest, flattened, merged
 from onnxslim.targets.machine import PARALLEL_WORK, Machine
 from onnxslim.targets.windows import Limits, without_padding
 
@@ -43,6 +44,8 @@ __all__ = ["write_reduction"]
 _PARTIAL = 4
 # Vectors of results that are reduced at the same time, so that what is read is longer than a line of the cache.
 _TOGETHER = 8
+# Numbers that are added to one sum; its rounding errors would grow with more of them.
+_SUMMED = 64
 # What a size that is not known is taken for where work is estimated.
 _TYPICAL = 64
 _COMBINE: dict[Any, Callable[[Expr, Expr], Expr]] = {
@@ -59,13 +62,7 @@ def write_reduction(kernel: FusedKernel, machine: Machine) -> PrimFunc | None:
     reductions = [step for step in kernel.steps if step.start is not None]
     if not reductions or not all(step.is_pointwise or _is_reduction(step) for step in kernel.steps):
         return None
-    if any(axis.extent == 0 for step in kernel.steps for axis in step.axes if isinstance(axis.extent, int)):
-        return None
-    rows = _Rows(kernel, machine, reductions, limits)
-    if rows.along and any(_typical(step.reduced[-1].extent) < machine.lanes() for step in reductions):
-        # Less than a vector is folded in no time, and TVM's plain loops are as good.
-        return None
-    return function(kernel.parameters, rows.body()) if rows.fits() else None
+    return function(kernel.parameters, _Rows(kernel, machine, reductions, limits).body())
 
 
 def _typical(extent: Size) -> int:
@@ -92,19 +89,36 @@ def _is_reduction(step: Step) -> bool:
     return named and getattr(first, "source", None) is not None and first.source.same_as(step.output)
 
 
+def _start(step: Step) -> Expr:
+    """What combining starts from; TVM's largest of nothing is the least finite number."""
+    dtype = str(step.output.dtype)
+    if type(step.value) in (Max, Min) and dtype.startswith("float"):
+        return tirx.const(-math.inf if isinstance(step.value, Max) else math.inf, dtype)
+    return step.start
+
+
 class _Partial:
-    """Partial results of a reduction, in registers."""
+    """Partial results of a reduction, in registers: ``count`` in vectors of ``lanes``, and ``left`` more.
 
-    def __init__(self, step: Step, count: int, lanes: int, name: str = "sums") -> None:
+    What is left over has results of its own, so that the others stay whole vectors.
+    """
+
+    def __init__(self, step: Step, count: int, lanes: int, left: int = 0) -> None:
+        self.step, self.count, self.lanes, self.left = step, count, lanes, left
         self.combine = _COMBINE[type(step.value)]
-        self.start, self.count, self.lanes = step.start, count, lanes
-        self.buffer, self.declared = local(max(count, 1), str(step.output.dtype), name)
+        self.buffer, self.declared = local(count + left, str(step.output.dtype))
 
-    def cleared(self) -> Stmt | None:
+    def another(self) -> _Partial:
+        """As many again."""
+        return _Partial(self.step, self.count, self.lanes, self.left)
+
+    def cleared(self) -> Stmt:
         """Declared, and set to what the reduction starts from."""
-        if not self.count:
-            return None
-        return seq(self.declared, vector(self.count, lambda lane: store(self.buffer, self.start, lane)))
+        start = _start(self.step)
+        return seq(
+            self.declared,
+            self._all(lambda first, width: vector(width, lambda lane: store(self.buffer, start, lane + first))),
+        )
 
     def add(self, value: Callable[[Expr], Expr], first: int, lanes: int) -> Stmt:
         """``value(lane)`` combined with the results from ``first`` on."""
@@ -114,20 +128,24 @@ class _Partial:
 
         return vector(lanes, number)
 
-    def folded(self, left: _Partial) -> Stmt:
-        """All of them, and those that are left over, combined into the first."""
+    def join(self, other: _Partial) -> Stmt:
+        """Each combined with another's at the same place."""
+        return self._all(lambda first, width: self.add(lambda lane: load_of(other.buffer, lane + first), first, width))
 
-        def combined(buffer: Any, first: int, lanes: int) -> Stmt:
-            return self.add(lambda lane: load_of(buffer, lane + first), 0, lanes)
+    def folded(self) -> Stmt:
+        """All of them combined into the first."""
 
-        statements = [combined(self.buffer, first, self.lanes) for first in range(self.lanes, self.count, self.lanes)]
-        if left.count:
-            statements.append(combined(left.buffer, 0, left.count))
-        lanes = self.lanes
-        while lanes > 1:
-            lanes //= 2
-            statements.append(combined(self.buffer, lanes, lanes))
-        return seq(*statements)
+        def fold(first: int, width: int) -> Stmt:
+            return self.add(lambda lane: load_of(self.buffer, lane + first), 0, width)
+
+        halves = [self.lanes >> level for level in range(1, self.lanes.bit_length())]
+        vectors = self._all(lambda first, width: fold(first, width) if first else None)
+        return seq(vectors, *(fold(half, half) for half in halves))
+
+    def _all(self, body: Callable[[int, int], Stmt | None]) -> Stmt:
+        """``body(first, how many)`` for each vector, and for what is left."""
+        rest = [body(self.count, self.left)] if self.left else []
+        return seq(*(body(first, self.lanes) for first in range(0, self.count, self.lanes)), *rest)
 
 
 class _Rows:
@@ -145,11 +163,11 @@ class _Rows:
 
     def _reads_along(self, step: Step) -> bool:
         """Whether some operand is contiguous along the innermost axis that is reduced."""
-        innermost = step.reduced[-1].variable
-        if innermost in self.limits:
-            return False
-        nodes = load_nodes(self.kernel.inlined(step.value.b, lambda _buffer, _place: None))
-        return any(len(node.indices) and node.indices[-1].same_as(innermost) for node in nodes)
+        operand = self._operand(step, self.kernel.inlined(step.value.b, lambda _buffer, _place: None))
+        if not operand.axes:
+            return True
+        innermost, _ = operand.axes[-1]
+        return innermost not in self.limits and any(operand.stride(each, innermost) == 1 for each in operand.loads())
 
     def _shared_axes(self) -> int:
         """How many outer axes mean the same in all steps."""
@@ -169,14 +187,6 @@ class _Rows:
             for node in load_nodes(step.value)
             if not self.kernel.is_parameter(node.source)
         )
-
-    def fits(self) -> bool:
-        """Whether the rows' intermediate results fit the cache."""
-        if any(str(step.output.dtype) not in ("float32", "int32", "int64") for step in self.kernel.steps):
-            return False
-        kept = [step for step in self.kernel.steps if not self.kernel.is_parameter(step.output)]
-        size = sum(math.prod(_typical(axis.extent) for axis in self._inner(step)) for step in kept)
-        return 4 * size <= self.machine.l2_bytes
 
     def _inner(self, step: Step) -> list[Axis]:
         return step.spatial[self.shared :]
@@ -298,88 +308,143 @@ class _Rows:
         axis, *others = axes
         return loop("place", axis.extent, lambda at: self._over_places(others, [*place, at], body))
 
-    def _window(self, step: Step, place: list[Expr], axis: Axis, body: Callable[[Expr], Stmt]) -> Stmt:
-        """``body`` for a reduced axis, as far as it is inside of what it reads."""
-        if axis.variable not in self.limits:
-            return loop("row", axis.extent, body)
-        first, last = (substitute(limit, self._names(step, place)) for limit in self.limits[axis.variable])
-        return loop("row", last - first, lambda at: body(first + at))
+    def _operand(self, step: Step, value: Expr) -> Nest:
+        """What a reduction combines, over as few axes as it can be read along."""
+        axes = tuple((axis.variable, axis.extent) for axis in step.reduced)
+        nest = flattened(Nest(axes, index(0), value))
+        return nest if any(variable in self.limits for variable, _ in axes) else merged(nest)
+
+    def _span(self, step: Step, place: list[Expr], variable: Any, extent: Size) -> tuple[Expr, Size]:
+        """Where a reduced axis starts, and how far it goes, as far as it is inside of what it reads."""
+        if variable not in self.limits:
+            return index(0), extent
+        first, last = (substitute(limit, self._names(step, place)) for limit in self.limits[variable])
+        return first, last - first
 
     def _names(self, step: Step, place: list[Expr]) -> dict[Any, Expr]:
         return {axis.variable: each for axis, each in zip(step.spatial, place, strict=True)}
 
     def _along(self, step: Step, place: list[Expr]) -> Stmt:
         """One result, from vectors of partial results."""
-        *outer, inner = step.reduced
-        runs, whole, rest = self._runs(inner.extent)
-        parts = max((count for _, count, _ in runs), default=1)
-        sums = _Partial(step, parts * self.lanes, self.lanes)
-        # What is left over has results of its own, so that the others stay whole vectors.
-        left = _Partial(step, rest if isinstance(rest, int) else 1, self.lanes, name="left")
+        operand = self._operand(step, self._value(step.value.b, {}))
+        *outer, (inner, extent) = operand.axes or ((Var("one", "int64"), 1),)
+        # Less than a vector is combined number by number.
+        lanes = self.lanes if _typical(extent) >= self.lanes else 1
+        runs, whole, rest = _runs(extent, lanes)
+        count = max((width for _, width, _ in runs), default=1) * lanes
+        sums = _Partial(step, count, lanes, rest if isinstance(rest, int) else 1)
         names = self._names(step, place)
+        *blocks, most = _blocks(step, [*(size for _, size in outer), runs[0][2] if runs else 1])
 
-        def add(chosen: dict[Any, Expr]) -> Stmt:
+        def add(chosen: dict[Any, Expr], sums: _Partial) -> Stmt:
             def value(at: Expr) -> Expr:
-                return self._value(step.value.b, {**names, **chosen, inner.variable: at})
+                return substitute(operand.value, {**names, **chosen, inner: at})
 
-            def vectors(start: Expr, part: int) -> Stmt:
-                first = part * self.lanes
-                return sums.add(lambda lane: value(start + first + lane), first, self.lanes)
+            def run(start: Size, width: int, times: Size, most: int | None) -> Stmt:
+                def part(at: Expr, first: int, sums: _Partial) -> Stmt:
+                    return sums.add(lambda lane: value(at * lanes + first + lane), first, lanes)
 
-            def block(start: Expr, count: int) -> Stmt:
-                return seq(*(vectors(start, part) for part in range(count)))
+                def block(number: Expr, sums: _Partial) -> Stmt:
+                    at = number * width + start
+                    return seq(*(part(at, vectors * lanes, sums) for vectors in range(width)))
 
-            statements = [
-                loop("block", times, lambda number, s=start, n=count: block((number * n + s) * self.lanes, n))  # type: ignore[misc]
-                for start, count, times in runs
-            ]
+                return _combined("block", times, sums, most, block)
+
             if isinstance(rest, int):
-                tail = left.add(lambda lane: value(lane + whole), 0, rest) if rest else None
+                tail = sums.add(lambda lane: value(lane + whole), count, rest) if rest else None
             else:
-                tail = loop("rest", rest, lambda at: left.add(lambda _: value(at + whole), 0, 1))
-            return seq(*statements, tail)
-
-        def rows(axes: Sequence[Axis], chosen: dict[Any, Expr]) -> Stmt:
-            if not axes:
-                return add(chosen)
-            axis, *others = axes
-            return self._window(step, place, axis, lambda at: rows(others, {**chosen, axis.variable: at}))
+                tail = loop("rest", rest, lambda at: sums.add(lambda _: value(at + whole), count, 1))
+            long, *short = runs or [(0, 1, 0)]
+            return seq(run(*long, most), *(run(*each, None) for each in short), tail)
 
         return seq(
             sums.cleared(),
-            left.cleared(),
-            rows(outer, {}),
-            sums.folded(left),
+            self._rows(step, place, outer, blocks, sums, add),
+            sums.folded(),
             self._store(step, load_of(sums.buffer, 0), place),
         )
 
-    def _runs(self, extent: Size) -> tuple[list[tuple[Size, int, Size]], Size, Size]:
-        """A length as blocks of vectors (the first vector, vectors a block, blocks), how far they go, what is left."""
-        if isinstance(extent, int):
-            vectors, rest = divmod(extent, self.lanes)
-            return [(*run,) for run in cut(vectors, (_PARTIAL, 1))], vectors * self.lanes, rest
-        vectors = tirx.floordiv(extent, index(self.lanes))
-        blocks = tirx.floordiv(vectors, index(_PARTIAL))
-        whole = vectors * self.lanes
-        return [(0, _PARTIAL, blocks), (blocks * _PARTIAL, 1, vectors - blocks * _PARTIAL)], whole, extent - whole
-
     def _across(self, step: Step, place: list[Expr], lanes: int) -> Stmt:
         """A vector of results, each of them reduced on its own."""
+        operand = self._operand(step, self._value(step.value.b, {}))
         sums = _Partial(step, max(lanes, 1), max(lanes, 1))
 
         def here(lane: Expr) -> list[Expr]:
             return [*place[:-1], place[-1] + lane] if lanes else place
 
-        def rows(axes: Sequence[Axis], chosen: dict[Any, Expr]) -> Stmt:
-            if axes:
-                axis, *others = axes
-                return self._window(step, place, axis, lambda at: rows(others, {**chosen, axis.variable: at}))
-            return sums.add(
-                lambda lane: self._value(step.value.b, {**self._names(step, here(lane)), **chosen}), 0, sums.count
-            )
+        def add(chosen: dict[Any, Expr], sums: _Partial) -> Stmt:
+            def value(lane: Expr) -> Expr:
+                return substitute(operand.value, {**self._names(step, here(lane)), **chosen})
 
+            return sums.add(value, 0, sums.count)
+
+        axes = list(operand.axes)
+        blocks = _blocks(step, [size for _, size in axes])
         return seq(
             sums.cleared(),
-            rows(step.reduced, {}),
+            self._rows(step, place, axes, blocks, sums, add),
             vector(sums.count, lambda lane: self._store(step, load_of(sums.buffer, lane), here(lane))),
         )
+
+    def _rows(
+        self,
+        step: Step,
+        place: list[Expr],
+        axes: Sequence[tuple[Any, Size]],
+        blocks: Sequence[int | None],
+        sums: _Partial,
+        add: Callable[[dict[Any, Expr], _Partial], Stmt],
+    ) -> Stmt:
+        """``add(places on the axes, sums)`` for all places on reduced axes."""
+        if not axes:
+            return add({}, sums)
+        (variable, extent), *others = axes
+        most, *fewer = blocks
+        first, count = self._span(step, place, variable, extent)
+
+        def row(at: Expr, sums: _Partial) -> Stmt:
+            def further(chosen: dict[Any, Expr], sums: _Partial) -> Stmt:
+                return add({variable: first + at, **chosen}, sums)
+
+            return self._rows(step, place, others, fewer, sums, further)
+
+        return _combined("row", count, sums, most, row)
+
+
+def _runs(extent: Size, lanes: int) -> tuple[list[tuple[Size, int, Size]], Size, Size]:
+    """A length as blocks of vectors (the first vector, vectors a block, blocks), how far they go, what is left."""
+    if isinstance(extent, int):
+        vectors, rest = divmod(extent, lanes)
+        return [(*run,) for run in cut(vectors, (_PARTIAL, 1))], vectors * lanes, rest
+    vectors = tirx.floordiv(extent, index(lanes))
+    blocks = tirx.floordiv(vectors, index(_PARTIAL))
+    whole = vectors * lanes
+    return [(0, _PARTIAL, blocks), (blocks * _PARTIAL, 1, vectors - blocks * _PARTIAL)], whole, extent - whole
+
+
+def _blocks(step: Step, counts: Sequence[Size]) -> list[int | None]:
+    """For nested loops, the outermost first: how many rounds of one get sums of their own; None for all of them."""
+    blocks: list[int | None] = [None] * len(counts)
+    if type(step.value) is Add and str(step.output.dtype).startswith("float"):
+        inside = 1
+        for position, count in reversed(list(enumerate(counts))):
+            if not isinstance(count, int) or inside * count > _SUMMED:
+                blocks[position] = max(_SUMMED // inside, 1)
+                break
+            inside *= max(count, 1)
+    return blocks
+
+
+def _combined(name: str, count: Size, sums: _Partial, most: int | None, body: Callable[[Expr, _Partial], Stmt]) -> Stmt:
+    """``body(round, sums)``, ``count`` times; ``most`` rounds at a time have sums of their own, added up in the end."""
+    if most is None:
+        return loop(name, count, lambda at: body(at, sums))
+    few = most
+
+    def block(number: Expr) -> Stmt:
+        own = sums.another()
+        start = number * few
+        rounds = tirx.min(index(few), count - start)
+        return seq(own.cleared(), loop(name, rounds, lambda at: body(start + at, own)), sums.join(own))
+
+    return loop("part", tirx.floordiv(index(count) + few - 1, index(few)), block)
