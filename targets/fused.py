@@ -157,6 +157,9 @@ def _step(statement: Any) -> Step | None:
         Axis(axis.var, axis.dom.extent if extent is None else extent, axis.iter_type == IterVar.CommReduce)
         for axis, extent in zip(block.iter_vars, extents, strict=True)
     )
+    if not len(block.body.buffer.shape):
+        # TVM gives a block without axes one of length 1, which nothing names.
+        axes = tuple(axis for axis in axes if axis.reduced)
     if block.init is not None and not isinstance(block.init, BufferStore):
         return None
     return Step(

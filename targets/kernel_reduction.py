@@ -441,10 +441,13 @@ def _combined(name: str, count: Size, sums: _Partial, most: int | None, body: Ca
         return loop(name, count, lambda at: body(at, sums))
     few = most
 
-    def block(number: Expr) -> Stmt:
+    def block(number: Expr, sums: _Partial) -> Stmt:
         own = sums.another()
         start = number * few
         rounds = tirx.min(index(few), count - start)
         return seq(own.cleared(), loop(name, rounds, lambda at: body(start + at, own)), sums.join(own))
 
-    return loop("part", tirx.floordiv(index(count) + few - 1, index(few)), block)
+    if not isinstance(count, int):
+        return loop("part", tirx.floordiv(count + few - 1, index(few)), lambda number: block(number, sums))
+    parts = math.ceil(count / few)
+    return _combined("part", parts, sums, _SUMMED if parts > _SUMMED else None, block)

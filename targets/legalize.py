@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from tvm import relax, te, tirx
+from tvm import relax, te, tirx, topi
 from tvm.ir import Call, GenericConst, GlobalVar
 from tvm_ffi import structural_equal as equal
 
 from onnxslim.targets import kernel_winograd as winograd
-from onnxslim.targets.emit import known
+from onnxslim.targets.emit import index, known
 from onnxslim.targets.kernel_product import NOTE
 from onnxslim.targets.machine import Machine
 from onnxslim.targets.tiling import Tile, Tiling, workload
@@ -40,6 +40,7 @@ def legalizations(tiling: Tiling) -> dict[str, Legalization]:
     return {
         "relax.nn.conv1d": lambda builder, call: _convolution(builder, call, tiling),
         "relax.nn.conv2d": lambda builder, call: _convolution(builder, call, tiling),
+        "relax.mean": _mean,
         "relax.matmul": lambda builder, call: _matmul(builder, call, tiling),
         **dict.fromkeys((f"relax.{name}" for name in _BROADCAST), _broadcast),
     }
@@ -85,6 +86,20 @@ def _has_shape(expression: Any) -> bool:
 
 def _is_float(*expressions: Any) -> bool:
     return all(str(expression.ty.dtype) == "float32" for expression in expressions)
+
+
+def _mean(builder: Any, call: Any) -> Any:
+    """The mean of nothing is 0, as it is to ONNX Runtime; whole numbers must not be divided by 0 at all."""
+    data, axes, keepdims = call.args[0], call.attrs.axis, call.attrs.keepdims
+    if not _has_shape(data):
+        return _stock(builder, call)
+
+    def compute(x: Any) -> Any:
+        sizes = [x.shape[int(axis)] for axis in (range(len(x.shape)) if axes is None else axes)]
+        count = tirx.max(math.prod(sizes, start=index(1)), index(1))
+        return topi.divide(topi.sum(x, axes, keepdims), count)
+
+    return builder.call_te(compute, data, primfunc_name_hint="mean")
 
 
 # --------------------------------------------------------------------------------------------------------- convolution
