@@ -14,9 +14,13 @@ from tvm.ir import GenericConst
 
 from onnxslim.targets.emit import known
 from onnxslim.targets.import_recurrent import recurrent
+from onnxslim.targets.kernel_cumulative import running_sum
 from onnxslim.targets.machine import Machine
 
 __all__ = ["converters"]
+
+# Fused with nothing (kOpaque).
+_OPAQUE = 8
 
 Converter = Callable[[Any, list[Any], dict[str, Any], int], Any]
 
@@ -106,11 +110,28 @@ def _reverse_sequence(builder: Any, inputs: list[Any], attributes: dict[str, Any
     return builder.emit_te(topi.reverse_sequence, inputs[0], lengths, *axes)
 
 
+def _running_sum(builder: Any, inputs: list[Any], attributes: dict[str, Any], opset: int) -> Any:
+    """CumSum; TVM's is slow, and writes where it must not when there is nothing to add up."""
+    data, axis = inputs
+    if not isinstance(axis, GenericConst):
+        raise ValueError("its axis is computed; only a constant one can be compiled.")
+    place = int(axis.value.numpy().reshape(-1)[0]) % int(data.ty.ndim)
+    exclusive, backwards = bool(attributes.get("exclusive", 0)), bool(attributes.get("reverse", 0))
+
+    def compute(x: Any) -> Any:
+        return running_sum(x, place, exclusive=exclusive, backwards=backwards)
+
+    return builder.emit(
+        builder.call_te(compute, data, primfunc_name_hint="running_sum", primfunc_attrs={"op_pattern": _OPAQUE})
+    )
+
+
 def converters(machine: Machine) -> dict[str, Converter]:
     """By op; a converter that returns None leaves the node to TVM's."""
     return {
         "AveragePool": _same_pool(average=True),
         "Clip": _clip,
+        "CumSum": _running_sum,
         "LpNormalization": _lp_normalization,
         "MaxPool": _same_pool(average=False),
         "Pad": _pad,

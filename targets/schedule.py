@@ -9,6 +9,7 @@ from tvm.tirx import PrimFunc
 
 from onnxslim.targets.fused import read_kernel
 from onnxslim.targets.kernel_contraction import write_contraction
+from onnxslim.targets.kernel_cumulative import write_running_sum
 from onnxslim.targets.kernel_depthwise import write_depthwise
 from onnxslim.targets.kernel_pointwise import write_pointwise
 from onnxslim.targets.kernel_product import write_product
@@ -19,7 +20,15 @@ from onnxslim.targets.vector_math import vectorisable_math
 
 __all__ = ["schedule_kernels", "write_out_math"]
 
-_WRITERS = (write_product, write_winograd, write_depthwise, write_contraction, write_reduction, write_pointwise)
+_WRITERS = (
+    write_product,
+    write_running_sum,
+    write_winograd,
+    write_depthwise,
+    write_contraction,
+    write_reduction,
+    write_pointwise,
+)
 
 
 def schedule_kernels(machine: Machine) -> Any:

@@ -1,5 +1,7 @@
 """Kernels that reduce: softmax, norms, sums and pools against NumPy, for odd and for open sizes."""
 
+import itertools
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -327,3 +329,20 @@ def test_nothing_to_reduce_of_other_types(name, kind):
     model = net.model(net.add(f"Reduce{name}", x, keepdims=0))
     for found, wanted in of_each_size(model, kind, [(2, 0), (0, 0), (3, 40)]):
         np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int32, np.int64])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_running_sums(axis, kind):
+    tensor_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    for shape in [("a", "b", "c"), (3, 9, 77)]:
+        net = Net(opset=14)
+        x = net.input(*shape, kind=tensor_type)
+        sums = [
+            net.add("CumSum", x, net.constant(np.int64(axis)), exclusive=exclusive, reverse=reverse)
+            for exclusive, reverse in itertools.product((0, 1), (0, 1))
+        ]
+        model = net.model(net.add("Concat", *sums, axis=0))
+        sizes = [(2, 3, 4), (0, 3, 4), (2, 0, 4), (2, 3, 0), (5, 7, 67)] if "a" in shape else [shape]
+        for found, wanted in of_each_size(model, kind, sizes):
+            np.testing.assert_array_equal(found, wanted)
