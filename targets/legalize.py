@@ -41,6 +41,8 @@ def legalizations(tiling: Tiling) -> dict[str, Legalization]:
         "relax.nn.conv1d": lambda builder, call: _convolution(builder, call, tiling),
         "relax.nn.conv2d": lambda builder, call: _convolution(builder, call, tiling),
         "relax.mean": _mean,
+        "relax.argmax": lambda builder, call: _place_of_extreme(builder, call, largest=True),
+        "relax.argmin": lambda builder, call: _place_of_extreme(builder, call, largest=False),
         "relax.matmul": lambda builder, call: _matmul(builder, call, tiling),
         **dict.fromkeys((f"relax.{name}" for name in _BROADCAST), _broadcast),
     }
@@ -100,6 +102,48 @@ def _mean(builder: Any, call: Any) -> Any:
         return topi.divide(topi.sum(x, axes, keepdims), count)
 
     return builder.call_te(compute, data, primfunc_name_hint="mean")
+
+
+def _place_of_extreme(builder: Any, call: Any, *, largest: bool) -> Any:
+    """ArgMax as two reductions, both of vectors: the largest number, and the first place of one that is equal.
+
+    A place is always one of the axis, even where a number that is none makes nothing equal.
+    """
+    data, axis, keepdims = call.args[0], call.attrs.axis, call.attrs.keepdims
+    if axis is None or not _has_shape(data):
+        return _stock(builder, call)
+    at = int(axis) % len(_sizes(data))
+    choose = tirx.max if largest else tirx.min
+
+    def compute(x: Any) -> Any:
+        size = x.shape[at]
+        better = te.comm_reducer(lambda a, b: choose(a, b), lambda dtype: _worst(dtype, largest), name="extreme")
+        shape = [*x.shape[:at], 1, *x.shape[at + 1 :]]
+        k, place = te.reduce_axis((0, size), "k"), te.reduce_axis((0, size), "place")
+
+        def number(where: Any, along: Any) -> Any:
+            return x(*where[:at], along.var, *where[at + 1 :])
+
+        extreme = te.compute(shape, lambda *where: better(number(where, k), axis=k), name="extreme")
+        nowhere = tirx.max_value("int32")
+
+        def first(*where: Any) -> Any:
+            here = tirx.Select(number(where, place).equal(extreme(*where)), place.var.astype("int32"), nowhere)
+            return te.min(here, axis=place)
+
+        found = te.compute(shape, first, name="first")
+        last = index(size) - 1
+        result = te.compute(shape, lambda *where: tirx.min(found(*where).astype("int64"), last), name="bounded")
+        return result if keepdims else topi.squeeze(result, at)
+
+    return builder.call_te(compute, data, primfunc_name_hint="argmax" if largest else "argmin")
+
+
+def _worst(dtype: Any, largest: bool) -> Any:
+    """What every number is at least as large (or small) as."""
+    if str(dtype).startswith("float"):
+        return tirx.const(-math.inf if largest else math.inf, dtype)
+    return tirx.min_value(dtype) if largest else tirx.max_value(dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- convolution

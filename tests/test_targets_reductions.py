@@ -346,3 +346,23 @@ def test_running_sums(axis, kind):
         sizes = [(2, 3, 4), (0, 3, 4), (2, 0, 4), (2, 3, 0), (5, 7, 67)] if "a" in shape else [shape]
         for found, wanted in of_each_size(model, kind, sizes):
             np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int32, np.uint8])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("name", ["ArgMax", "ArgMin"])
+def test_places_of_extremes(name, axis, kind):
+    """Of several that are equal the first one is meant; integers of a few values make many of them."""
+    net = Net(opset=13)
+    x = net.input("a", "b", "c", kind=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind)))
+    model = net.model(net.add(name, net.add("Abs", x), axis=axis, keepdims=0))
+    for found, wanted in of_each_size(model, kind, [(2, 3, 4), (5, 41, 17), (1, 1, 1), (3, 130, 9)]):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_places_where_no_number_is_larger(native):
+    x = np.full((3, 20), -np.inf, np.float32)
+    x[1, 7], x[2, 19] = 0, np.nan
+    (found,) = run(native, lambda x: [op.argmax(x, 1)], x)
+    assert found[:2].tolist() == [0, 7]
+    assert 0 <= found[2] < 20
