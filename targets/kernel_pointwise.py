@@ -7,8 +7,9 @@ not come out even overlaps the one before it: computing a few elements twice is 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tvm_ffi
@@ -32,6 +33,7 @@ from onnxslim.targets.emit import (
 from onnxslim.targets.fused import FusedKernel, Step, loads
 from onnxslim.targets.index_space import Nest, nests
 from onnxslim.targets.machine import PARALLEL_WORK, Machine
+from onnxslim.targets.turned_tiles import turned_tiles
 
 __all__ = ["write_pointwise"]
 
@@ -128,10 +130,13 @@ def _operations(value: Expr) -> int:
 
 
 def _write(nest: Nest, output: Any, machine: Machine) -> Stmt:
-    def element(names: dict[Any, Expr]) -> Stmt:
+    def stored(value: Expr, names: Mapping[Any, Expr]) -> Stmt:
         rank = len(output.shape)
         place = [index(0)] * (rank - 1) + [substitute(nest.place, names)] if rank else []
-        return BufferStore(output, substitute(nest.value, names), place)
+        return BufferStore(output, substitute(value, names), place)
+
+    def element(names: Mapping[Any, Expr]) -> Stmt:
+        return stored(nest.value, names)
 
     if not nest.axes:
         return element({})
@@ -156,7 +161,13 @@ def _write(nest: Nest, output: Any, machine: Machine) -> Stmt:
             return loop("i", size, lambda at: element({**names, inner: at}))
         return _row(size, lanes, run(names))
 
-    return _outer(outer, {}, row, machine, is_small=is_small)
+    plain = functools.partial(_outer, outer, {}, row, machine, is_small=is_small)
+    tiles = None if is_in_order or _has_condition(nest.value) else turned_tiles(nest, output, machine)
+    if tiles is None:
+        return plain()
+    return tiles.or_else(
+        _outer(tiles.axes, {}, lambda names: tiles.tile(names, stored), machine, is_small=is_small), plain
+    )
 
 
 def _outer(

@@ -3,8 +3,10 @@
 import math
 
 import numpy as np
+import onnx
 import pytest
 import tvm
+from compiled_nets import Net, array, check
 from tvm import relax, tirx
 
 from onnxslim.targets import find_target
@@ -282,3 +284,31 @@ def test_sizes_may_be_known_only_when_running(native, axis, length):
     np.testing.assert_array_equal(moved, (x + y).transpose(2, 0, 1))
     joined = run(native, lambda x, y: op.concat([x, y], axis), x, y, open_axes=open_axes)
     np.testing.assert_array_equal(joined, np.concatenate([x, y], axis))
+
+
+TRANSPOSED = [
+    # declared shape, sizes to run with, order of axes
+    ((2, 17, 9, 24), [], [0, 3, 1, 2]),
+    ((1, 40, 7, 9), [], [0, 2, 3, 1]),
+    ((16, 3, 33), [], [2, 1, 0]),
+    (("a", "b"), [(33, 41), (3, 100), (100, 3), (8, 8), (0, 9), (9, 0), (9, 9)], [1, 0]),
+    ((1, "h", "w", 20), [(1, 5, 7, 20), (1, 1, 1, 20), (1, 2, 4, 20), (1, 3, 3, 20)], [0, 3, 1, 2]),
+]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32, np.int64])
+@pytest.mark.parametrize(("shape", "sizes", "order"), TRANSPOSED)
+def test_axes_in_another_order(shape, sizes, order, kind):
+    net = Net()
+    x = net.input(*shape, kind=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind)))
+    model = net.model(net.add("Transpose", x, perm=order))
+    feeds = [(np.arange(math.prod(size), dtype=kind).reshape(size),) for size in sizes or [shape]]
+    check(model, *feeds, limit=0)
+
+
+def test_arithmetic_across_the_order_of_what_is_read():
+    net = Net()
+    x, y, z = net.input(40, 30), net.input(30, 41), net.input(41, 30)
+    turned = net.add("Slice", net.add("Transpose", x, perm=[1, 0]), *map(net.constant, np.int64([[0], [29], [0]])))
+    both = net.add("Mul", net.add("Relu", y), net.add("Transpose", z, perm=[1, 0]))
+    check(net.model(net.add("Exp", turned), net.add("Sub", both, y)), (array(40, 30), array(30, 41), array(41, 30)))
