@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 from tvm import relax, topi
-from tvm.ir import GenericConst
+from tvm.ir import Call, GenericConst
+from tvm.relax.frontend.onnx.onnx_frontend import Gather
 
 from onnxslim.targets.emit import known
 from onnxslim.targets.import_recurrent import recurrent
@@ -126,12 +127,21 @@ def _running_sum(builder: Any, inputs: list[Any], attributes: dict[str, Any], op
     )
 
 
+def _gather(builder: Any, inputs: list[Any], attributes: dict[str, Any], opset: int) -> Any:
+    """TVM's, but an index that is out of bounds takes the nearest element, not memory of somebody else."""
+    made = Gather._impl_v13(builder, inputs, attributes, None)
+    if not isinstance(made, Call):
+        return made
+    return relax.op.take(*made.args, axis=made.attrs.axis, mode="clip")
+
+
 def converters(machine: Machine) -> dict[str, Converter]:
     """By op; a converter that returns None leaves the node to TVM's."""
     return {
         "AveragePool": _same_pool(average=True),
         "Clip": _clip,
         "CumSum": _running_sum,
+        "Gather": _gather,
         "LpNormalization": _lp_normalization,
         "MaxPool": _same_pool(average=False),
         "Pad": _pad,

@@ -223,3 +223,17 @@ def test_recurrent_forms_without_a_kernel_are_named(op, attributes, named):
     model, _ = recurrent(op, 4, **attributes)
     with pytest.raises(TargetError, match=named):
         compile_model(model)
+
+
+def test_gathering_by_an_index_out_of_bounds_takes_the_nearest(capfd):
+    net = Net()
+    table = array(50, 17)
+    rows = net.add("Gather", net.constant(table), net.input("n", 3, kind=TensorProto.INT64))
+    columns = net.add("Gather", net.input(4, 9), net.input(2, kind=TensorProto.INT32), axis=1)
+    data = array(4, 9)
+    bundle = check(net.model(rows, columns), [np.array([[0, 49, -50], [3, -1, 2]]), data, np.array([8, -9], np.int32)])
+    assert "Warning" not in capfd.readouterr().err
+    far = [np.array([[0, 10**12, -(10**12)]]), data, np.array([2**31 - 1, -(2**31)], np.int32)]
+    found = bundle.run(dict(zip([entry.name for entry in bundle.inputs], far, strict=True)))
+    np.testing.assert_array_equal(found[rows], table[[[0, 49, 0]]])
+    np.testing.assert_array_equal(found[columns], data[:, [8, 0]])
