@@ -169,6 +169,25 @@ class Dataset:
             warnings=self.warnings,
         )
 
+    def in_memory(self, most_bytes: int) -> Dataset:
+        """The same feeds read into memory once, where they are no more than ``most_bytes``; itself otherwise."""
+        feeds: list[Feed] = []
+        left = most_bytes
+        for feed in self:
+            left -= sum(value.nbytes for value in feed.values())
+            if left < 0:
+                return self
+            feeds.append(feed)
+        return Dataset(
+            self.inputs,
+            _ObjectFeeds(feeds),
+            role=self.role,
+            feeds=self._feeds,
+            rows=self.rows,
+            labels=self.labels,
+            warnings=self.warnings,
+        )
+
     @property
     def sha256(self) -> str:
         """Hash of what the feeds and labels hold: names, types, shapes, values; the same in whatever file they are."""

@@ -1,14 +1,14 @@
 """Ranges of activations, measured in a stream: memory is bounded by the model, never by the number of samples.
 
-Pass one runs the model with ReduceMin, ReduceMax and Shape behind every watched tensor, so that nothing large leaves
-ONNX Runtime. Pass two fetches the tensors themselves, a chunk of them at a time, and keeps a histogram of each. A
-tensor that was ever not finite is marked so. Feeds may differ in shape.
+The model runs once over the data, with ReduceMin, ReduceMax and a strided Slice behind every watched tensor, so that
+nothing large leaves ONNX Runtime; a histogram that grows takes in what was drawn. A tensor that was ever not finite is
+marked so. Feeds may differ in shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -18,18 +18,60 @@ from numpy.typing import NDArray
 from onnxslim.runtime import Session
 
 if TYPE_CHECKING:
-    from onnxslim.data import Dataset
     from onnxslim.model import Model
 
-__all__ = ["Method", "Observed", "choose_range", "histograms", "observe"]
+__all__ = ["Histogram", "Method", "Observed", "choose_range", "draw_steps", "observe"]
 
 Method = Literal["mse", "minmax", "percentile"]
-Histogram = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
-BINS = 2048
-_CHUNK_BYTES = 32 << 20  # of activations fetched at once in pass two
-_DRAWN = 1 << 16  # elements drawn from one tensor of one sample: enough for a histogram of 2048 bins
+BINS = 4096
+_DRAWN = 1 << 20  # elements drawn of one tensor, over all feeds: enough for the tails of its histogram
+_NO_SPAN = 1e-30  # all but subnormal: no bins are made of it
 _GRID = np.linspace(1.0, 0.1, 37)
+
+
+@dataclass
+class Histogram:
+    """Counts over equal bins, zero among their edges, whose width doubles as the values spread: one pass fills it.
+
+    Attributes:
+        width: of a bin, a power of two; 0 before there was anything but zeros.
+        first: bin ``index`` holds the values from ``(first + index) * width`` on.
+        counts: of each bin; half of ``BINS`` to all of them.
+    """
+
+    width: float = 0.0
+    first: int = 0
+    counts: FloatArray = field(default_factory=lambda: np.zeros(0))
+
+    def add(self, values: NDArray[np.float32]) -> None:
+        """Count more values; those that are not finite are left out."""
+        if not values.size:
+            return
+        low, high = float(values.min()), float(values.max())
+        if not (np.isfinite(low) and np.isfinite(high)):
+            values = values[np.isfinite(values)]
+            low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+        low = min(low, self.first * self.width)
+        high = max(high, (self.first + self.counts.size - 1) * self.width)
+        if high - low < _NO_SPAN:
+            return
+        width = max(self.width, float(2.0 ** np.ceil(np.log2((high - low) / BINS))))
+        first = int(np.floor(low / width))
+        size = int(np.floor(high / width)) + 1 - first
+        doubled = min(62, int(np.log2(width / (self.width or width))))
+        old = (np.arange(self.first, self.first + self.counts.size) >> doubled) - first
+        # The quotients are exact, a power of two being divided by.
+        new = np.floor(values / width).astype(np.intp) - first
+        counts = np.bincount(old, self.counts, minlength=size) + np.bincount(new, minlength=size)
+        self.counts = np.asarray(counts, np.float64)
+        self.width, self.first = width, first
+
+    @property
+    def centres(self) -> FloatArray:
+        """The middle of each bin."""
+        return np.asarray((self.first + np.arange(self.counts.size) + 0.5) * self.width, np.float64)
 
 
 @dataclass
@@ -38,14 +80,14 @@ class Observed:
 
     Attributes:
         low, high: its extremes; not finite when an element was not.
-        shape: its largest shape, elementwise over all feeds; as long as its rank.
         elements: of one feed, at most.
+        histogram: of the elements that were drawn.
     """
 
     low: float = np.inf
     high: float = -np.inf
-    shape: tuple[int, ...] = ()
     elements: int = 0
+    histogram: Histogram = field(default_factory=Histogram)
 
     @property
     def finite(self) -> bool:
@@ -53,86 +95,76 @@ class Observed:
         return bool(np.isfinite(self.low) and np.isfinite(self.high))
 
 
+def draw_steps(observed: dict[str, Observed], feeds: int) -> dict[str, int]:
+    """Every how manieth element to draw of tensors that were seen in one of so many feeds."""
+    # An odd step meets every residue of the (mostly even) channel and row sizes.
+    return {name: max(1, entry.elements * feeds // _DRAWN) | 1 for name, entry in observed.items()}
+
+
 def observe(
-    model: Model, names: Sequence[str], feeds: Iterable[dict[str, np.ndarray]], progress: Callable[[], None]
+    model: Model,
+    names: Sequence[str],
+    feeds: Iterable[dict[str, np.ndarray]],
+    steps: Mapping[str, int] | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Observed]:
-    """Return the extremes and shapes of float32 tensors of the main graph over all feeds.
+    """Return the extremes and sizes of float32 tensors of the main graph over all feeds.
+
+    Args:
+        model: opset 10 or later.
+        names: of the tensors.
+        feeds: what to run.
+        steps: of the tensors whose histogram is wanted too, every how manieth element is counted.
+        progress: called after each feed.
 
     Raises:
         ModelError: ONNX Runtime cannot run the model, or a feed does not fit it.
     """
+    steps = steps or {}
     watched = model.copy()
-    tensors = _tensors_by_name(watched.graph)
-    fetches: list[str] = []
-    for name in names:
-        for op in ("ReduceMin", "ReduceMax", "Shape"):
-            result = gs.Variable(watched.fresh_name(f"{name}_{op}"), np.int64 if op == "Shape" else np.float32)
-            attributes = {} if op == "Shape" else {"keepdims": 0}
-            node = gs.Node(op, watched.fresh_name(result.name), attributes, inputs=[tensors[name]], outputs=[result])
-            watched.graph.nodes.append(node)
-            fetches.append(result.name)
-    session = Session(watched, outputs=fetches)
+    fetched = {name: _fetch(watched, tensor, steps.get(name)) for name, tensor in _by_name(watched.graph, names)}
+    session = Session(watched, outputs=[result for results in fetched.values() for result in results])
     seen = {name: Observed() for name in names}
     for feed in feeds:
-        results = session.run(feed)
-        for name, low, high, shape in zip(names, fetches[::3], fetches[1::3], fetches[2::3], strict=True):
-            entry, size = seen[name], tuple(int(dim) for dim in results[shape])
-            if 0 not in size:
+        found = session.run(feed)
+        for name, (size, low, high, *drawn) in fetched.items():
+            entry, elements = seen[name], int(found[size])
+            if elements:
                 # np.minimum hands NaN on, so that a tensor that held one is never quantized.
-                entry.low = float(np.minimum(entry.low, results[low]))
-                entry.high = float(np.maximum(entry.high, results[high]))
-            same_rank = len(size) == len(entry.shape)
-            entry.shape = tuple(map(max, size, entry.shape)) if same_rank else size
-            entry.elements = max(entry.elements, int(np.prod(size)))
+                entry.low = float(np.minimum(entry.low, found[low]))
+                entry.high = float(np.maximum(entry.high, found[high]))
+            entry.elements = max(entry.elements, elements)
+            if drawn:
+                entry.histogram.add(found[drawn[0]])
         progress()
     return seen
 
 
-def _tensors_by_name(graph: gs.Graph) -> dict[str, gs.Tensor]:
+def _by_name(graph: gs.Graph, names: Sequence[str]) -> list[tuple[str, gs.Tensor]]:
     tensors = {tensor.name: tensor for tensor in graph.inputs}
     tensors |= {tensor.name: tensor for node in graph.nodes for tensor in node.outputs}
-    return tensors
+    return [(name, tensors[name]) for name in names]
 
 
-def histograms(
-    model: Model, observed: dict[str, Observed], data: Dataset, batch: int, progress: Callable[[], None]
-) -> dict[str, Histogram]:
-    """Return counts over ``BINS`` equal bins between the extremes of each tensor in ``observed``, zero included.
+def _fetch(model: Model, tensor: gs.Tensor, step: int | None) -> list[str]:
+    """Add what is fetched of a tensor: its size, its extremes, and every ``step``-th element if that is given."""
+    results: list[str] = []
 
-    Of a large tensor an evenly spaced part is counted.
-    """
-    counts = {name: np.zeros(BINS) for name in observed}
-    for chunk in _chunks(observed):
-        session = Session(model, outputs=chunk)
-        for feed in data.batches(batch):
-            for name, value in session.run(feed).items():
-                low, high = with_zero(observed[name].low, observed[name].high)
-                if high > low:
-                    drawn = _draw(value, _DRAWN * batch)
-                    index = ((drawn - low) * (BINS / (high - low))).astype(np.int32)
-                    counts[name] += np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS)
-            progress()
-    return counts
+    def add(op: str, inputs: list[gs.Tensor], dtype: type, **attributes: object) -> gs.Variable:
+        result = gs.Variable(model.fresh_name(f"{tensor.name}_{op}"), dtype)
+        model.graph.nodes.append(gs.Node(op, result.name, attributes, inputs=inputs, outputs=[result]))
+        return result
 
+    def constant(value: int) -> gs.Constant:
+        return gs.Constant(model.fresh_name(f"{tensor.name}_{value}"), np.array([value], np.int64))
 
-def _chunks(observed: dict[str, Observed]) -> list[list[str]]:
-    chunks: list[list[str]] = [[]]
-    used = 0
-    for name, entry in observed.items():
-        if chunks[-1] and used + 4 * entry.elements > _CHUNK_BYTES:
-            chunks.append([])
-            used = 0
-        chunks[-1].append(name)
-        used += 4 * entry.elements
-    return chunks if chunks[0] else []
-
-
-def _draw(value: np.ndarray, count: int) -> np.ndarray:
-    flat = value.reshape(-1)
-    if flat.size > count:
-        # An odd step meets every residue of the (mostly even) channel and row sizes.
-        flat = flat[:: (flat.size // count) | 1]
-    return np.asarray(flat[np.isfinite(flat)])
+    results.append(add("Size", [tensor], np.int64).name)
+    results += [add(op, [tensor], np.float32, keepdims=0).name for op in ("ReduceMin", "ReduceMax")]
+    if step is not None:
+        flat = add("Reshape", [tensor, constant(-1)], np.float32)
+        bounds = [constant(value) for value in (0, np.iinfo(np.int64).max, 0, step)]
+        results.append(add("Slice", [flat, *bounds], np.float32).name)
+    return results
 
 
 def with_zero(low: float, high: float) -> tuple[float, float]:
@@ -141,42 +173,54 @@ def with_zero(low: float, high: float) -> tuple[float, float]:
 
 
 def choose_range(
-    low: float, high: float, counts: Histogram | None, method: Method, percentile: float, levels: int = 255
+    low: float, high: float, histogram: Histogram, method: Method, percentile: float, levels: int = 255
 ) -> tuple[float, float]:
     """Choose what an unsigned code of ``levels`` steps should cover of a tensor seen between ``low`` and ``high``.
 
     ``mse`` minimises the expected squared error, rounding ``(step ** 2) / 12`` inside and clipping outside, by turns
-    in the two ends; ``percentile`` cuts ``100 - percentile`` percent off, half of it at each end.
+    in the two ends; ``percentile`` cuts ``100 - percentile`` percent off, half of it at each end. An empty histogram
+    leaves the extremes.
     """
     low, high = with_zero(low, high)
-    if method == "minmax" or counts is None or high <= low or not counts.any():
+    if method == "minmax" or high <= low or not histogram.counts.any():
         return low, high
-    centres = low + (np.arange(BINS) + 0.5) * (high - low) / BINS
     if method == "percentile":
-        share = np.cumsum(counts) / counts.sum()
+        centres = histogram.centres
+        share = np.cumsum(histogram.counts) / histogram.counts.sum()
         tail = (1 - percentile / 100) / 2
         first, last = np.searchsorted(share, [tail, 1 - tail])
-        return with_zero(float(centres[first]), float(centres[min(last, BINS - 1)]))
-    best = (low, high)
+        cut = float(centres[first]), float(centres[min(last, centres.size - 1)])
+        return with_zero(max(low, cut[0]), min(high, cut[1]))
+    loss = _Loss(histogram, levels)
+    lows, highs = low * _GRID, high * _GRID
     for _ in range(2):
         if high > 0:
-            best = min(
-                ((best[0], high * a) for a in _GRID), key=lambda ends: _squared_error(centres, counts, ends, levels)
-            )
+            high = float(highs[np.argmin(loss.of(np.full_like(highs, low), highs))])
         if low < 0:
-            best = min(
-                ((low * a, best[1]) for a in _GRID), key=lambda ends: _squared_error(centres, counts, ends, levels)
-            )
-    return best
+            low = float(lows[np.argmin(loss.of(lows, np.full_like(lows, high)))])
+    return low, high
 
 
-def _squared_error(centres: Histogram, counts: Histogram, ends: tuple[float, float], levels: int) -> float:
-    low, high = ends
-    step = (high - low) / levels
-    if step <= 0:
-        return np.inf
-    clipped = np.clip(centres, low, high) - centres
-    inside = (clipped == 0) & (np.abs(centres) > step / 2)
-    small = (clipped == 0) & ~inside
-    # What rounds to zero is off by its own size; what lies further out by a uniform error of one step.
-    return float((counts * (clipped**2 + inside * step**2 / 12 + small * centres**2)).sum())
+class _Loss:
+    """The squared error of a code over a histogram, for many ranges at once: sums over bins are looked up."""
+
+    def __init__(self, histogram: Histogram, levels: int) -> None:
+        self._levels = levels
+        self._centres = histogram.centres
+        powers = [histogram.counts * self._centres**power for power in range(3)]
+        self._sums = np.array([np.concatenate([[0.0], np.cumsum(values)]) for values in powers])
+
+    def of(self, low: FloatArray, high: FloatArray) -> FloatArray:
+        """The error of each range ``low <= 0 <= high``, of which none is empty."""
+        step = (high - low) / self._levels
+        ends = [low, np.maximum(low, -step / 2), np.minimum(high, step / 2), high]
+        below, small, large, above = (self._sums[:, np.searchsorted(self._centres, end)] for end in ends)
+        total = self._sums[:, -1:]
+        # What rounds to zero is off by its own size; what lies further out by a uniform error of one step.
+        inside = (above - below - (large - small))[0] * step**2 / 12 + (large - small)[2]
+        return np.asarray(inside + _clipping(below, low) + _clipping(total - above, high))
+
+
+def _clipping(sums: FloatArray, end: FloatArray) -> FloatArray:
+    """The squared distance to ``end`` of what has the sums ``[3, ranges]`` of powers 0, 1 and 2."""
+    return np.asarray(sums[2] - 2 * end * sums[1] + end**2 * sums[0])

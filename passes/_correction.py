@@ -8,7 +8,7 @@ sees corrected inputs, and one forward pass gives the corrections of all layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from onnxslim.model import Model
     from onnxslim.passes._placement import Placement
 
-__all__ = ["corrections", "output_error"]
+__all__ = ["corrections", "output_errors"]
 
 FloatArray = NDArray[np.float64]
 Feed = dict[str, np.ndarray]
@@ -59,17 +59,22 @@ def corrections(
     return {name: total / batches for name, total in sums.items() if np.isfinite(total).all()}
 
 
-def output_error(teacher: Session, student: Session, feeds: Iterable[Feed]) -> float:
-    """Noise over signal of the float outputs, summed over feeds and averaged over outputs."""
-    noise: dict[str, float] = {}
+def output_errors(teacher: Session, students: Sequence[Session], feeds: Iterable[Feed]) -> list[float]:
+    """Of each student, noise over signal of the float outputs, summed over feeds and averaged over outputs."""
+    noise: list[dict[str, float]] = [{} for _ in students]
     signal: dict[str, float] = {}
     for feed in feeds:
-        wanted, got = teacher.run(feed), student.run(feed)
+        wanted = teacher.run(feed)
+        found = [student.run(feed) for student in students]
         for name, value in wanted.items():
-            if isinstance(value, np.ndarray) and value.dtype.kind == "f" and got[name].shape == value.shape:
-                finite = np.isfinite(value)  # what the float model itself cannot hold is no measure
-                true = np.asarray(value[finite], np.float64)
-                noise[name] = noise.get(name, 0.0) + float(np.square(got[name][finite] - true).sum())
-                signal[name] = signal.get(name, 0.0) + float(np.square(true).sum())
-    ratios = [noise[name] / max(signal[name], 1e-30) for name in noise]
-    return float(np.mean(ratios)) if ratios else float("inf")
+            if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+                continue
+            if any(got[name].shape != value.shape for got in found):
+                continue
+            finite = np.isfinite(value)  # what the float model itself cannot hold is no measure
+            true = np.asarray(value[finite], np.float64)
+            signal[name] = signal.get(name, 0.0) + float(np.square(true).sum())
+            for total, got in zip(noise, found, strict=True):
+                total[name] = total.get(name, 0.0) + float(np.square(got[name][finite] - true).sum())
+    ratios = [[total[name] / max(signal[name], 1e-30) for name in total] for total in noise]
+    return [float(np.mean(each)) if each else float("inf") for each in ratios]

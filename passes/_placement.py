@@ -119,6 +119,12 @@ class Placement:
         self._dropped: set[str] = set()
         self._solve()
 
+    @property
+    def reached(self) -> set[str]:
+        """All tensors whose values decide about codes: those that have one, and those inside chains."""
+        inside = {node.outputs[0].name for chain in self.chains.values() for node in chain.nodes}
+        return self.carried | self.fed | self.absorbed | inside
+
     # ---------------------------------------------------------------------------------------------------- candidates
 
     def _solve(self) -> None:

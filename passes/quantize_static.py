@@ -18,8 +18,8 @@ from onnxslim.errors import ModelError
 from onnxslim.graph.shapes import Shapes, infer_shapes
 from onnxslim.graph.walk import drop_value_info, hoist_constants, remove_dead_nodes
 from onnxslim.passes._absorb import absorb
-from onnxslim.passes._calibration import Method, Observed, choose_range, histograms, observe
-from onnxslim.passes._correction import corrections, output_error
+from onnxslim.passes._calibration import Method, Observed, choose_range, draw_steps, observe
+from onnxslim.passes._correction import corrections, output_errors
 from onnxslim.passes._opset import raise_opset
 from onnxslim.passes._placement import ANCHORS, Anchor, Placement, anchor_obstacle, matches, weight_axis
 from onnxslim.passes._qdq import LEVELS, Emitter, FloatArray, TensorCode, chain_code, code_of_range
@@ -35,13 +35,17 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantizeStatic"]
 
+Corrections = dict[str, FloatArray]
+"""What to add to the bias of each anchor, ``[channels]``, by its name."""
+
 _OPSET = 13  # the first with per-channel DequantizeLinear
 _BROADCAST_OPSET = 7  # the first in which Mul broadcasts as stored weights need it
 _BATCH_BYTES = 64 << 20  # of all activations of one batch: a few sessions hold some of them at a time
 _BATCH = 32
+_KEPT_BYTES = 64 << 20  # of calibration data: read once up to here
 _FIT_SHARE = 0.75  # of the calibration data corrects biases; the rest decides whether that is kept
 _MOST_FIT, _MOST_HELD = 48, 16  # batches
-_TINY_WEIGHT, _TINY_MACS = 512, 200_000
+_TINY_WEIGHT, _TINY_MACS = 512, 6_000
 _MOST_KEPT = 8
 _SENSITIVITY_SECONDS = 60
 
@@ -97,7 +101,7 @@ class QuantizeStatic(Pass):
             outcome.refuse("qdq", "model", f"{unraised}, and per-channel quantization needs {_OPSET}")
         else:
             absorb(model)
-            _Run(self, model, context.calibration.take(self.max_samples), context, outcome).run()
+            _Run(self, model, context.calibration.take(self.max_samples).in_memory(_KEPT_BYTES), context, outcome).run()
         if self.weight_only and model.opset >= _BROADCAST_OPSET:
             stored = quantize_stored_weights(model, lambda node: matches(node, self.exclude), outcome)
             outcome.numbers["weights stored in int8 only"] = float(stored)
@@ -143,14 +147,8 @@ class _Run:
         if not anchors:
             self._refuse(self.model, reasons)
             return
-        names = _watched(self.model.graph, shapes)
-        batch = 1
         try:
-            first = next(iter(self.data))
-            probe = observe(self.model, names, [first], lambda: None)
-            each = 4 * sum(entry.elements for entry in probe.values())
-            batch = max(1, min(_BATCH, _BATCH_BYTES // max(each, 1)))
-            self.observed = observe(self.model, names, self.data.batches(batch), self._progress(0, 30, batch))
+            batch = self._observe(anchors, shapes)
         except ModelError as error:
             self.outcome.refuse("qdq", "model", f"its activations cannot be observed: {error}")
             return
@@ -164,7 +162,7 @@ class _Run:
         found = self._choose(placement, batch)
         macs, quantized = self._macs(anchors), self._macs(placement.anchors)
         self._note(placement)
-        self._emitter(self.model, placement, found).emit()
+        self._emitter(self.model, placement, self.codes, found).emit()
         self.outcome.numbers |= {
             "nodes quantized": float(len(placement.anchors)),
             "share of MACs quantized (estimate)": quantized / macs if macs else 0.0,
@@ -172,6 +170,19 @@ class _Run:
             "ranges clipped": float(self._clipped(placement)),
             "calibration samples": float(self.data.samples),
         }
+
+    def _observe(self, anchors: dict[str, Anchor], shapes: Shapes) -> int:
+        """See what the tensors that int8 may reach hold, one feed first for their sizes; return the batch to run."""
+        self.observed = observe(self.model, _floats(self.model.graph, shapes), itertools.islice(self.data, 1))
+        each = 4 * sum(entry.elements for entry in self.observed.values())
+        batch = max(1, min(_BATCH, _BATCH_BYTES // max(each, 1)))
+        reached = sorted(self._place(self.model).reached | anchors.keys())
+        steps = draw_steps({name: self.observed[name] for name in reached}, len(self.data))
+        sizes = {name: self.observed[name].elements for name in reached}
+        self.observed = observe(self.model, reached, self.data.batches(batch), steps, self._progress(0, 60, batch))
+        for name, entry in self.observed.items():
+            entry.elements = sizes[name]
+        return batch
 
     @property
     def _reduced(self) -> bool:
@@ -208,7 +219,8 @@ class _Run:
             for name, entry in self.observed.items()
             if entry.elements and not (entry.finite and max(-entry.low, entry.high) <= self.options.max_range)
         }
-        unseen = {tensor.name for node in model.graph.nodes for tensor in node.outputs} - set(self.observed)
+        made = (tensor for node in model.graph.nodes for tensor in node.outputs)
+        unseen = {tensor.name for tensor in (*model.graph.inputs, *made)} - set(self.observed)
         small = {name for name, anchor in anchors.items() if self._tiny(anchor)}
         usable = {name: anchor for name, anchor in anchors.items() if name not in small}
         elements = {name: entry.elements for name, entry in self.observed.items()}
@@ -249,26 +261,23 @@ class _Run:
 
     # -------------------------------------------------------------------------------------------------- calibration
 
-    def _choose(self, placement: Placement, batch: int) -> dict[str, FloatArray]:
+    def _choose(self, placement: Placement, batch: int) -> Corrections:
         """Settle all codes and return bias corrections: those with the least output error on held-back samples."""
         options = self.options
         methods: tuple[Method, ...] = ("mse", "percentile") if options.calibration == "auto" else (options.calibration,)
-        own = _own(placement)
-        counts: dict[str, FloatArray] = {}
-        if methods != ("minmax",):
-            watched = {name: self.observed[name] for name in own}
-            counts = histograms(self.model, watched, self.data, batch, self._progress(30, 60, batch))
         split = self._split(batch)
+        self.codes = self._codes(placement, methods[0])
         if len(methods) == 1 and not options.bias_correction:
-            self._set_codes(placement, counts, methods[0])
             return {}
-        trials: list[tuple[float, Method, dict[str, TensorCode], dict[str, FloatArray]]] = []
-        for index, method in enumerate(methods):
-            self._set_codes(placement, counts, method)
-            error, found = self._correct(split)
-            trials.append((error, method, self.codes, found))
-            self.context.progress(60 + 40 * (index + 1) // len(methods), 100)
-        error, method, self.codes, found = min(trials, key=lambda trial: trial[0])
+        teacher = Session(self.model)
+        choices = {method: self._codes(placement, method) for method in methods}
+        students = [self._student(self._emitted(codes, {})) for codes in choices.values()]
+        errors = dict(zip(methods, output_errors(teacher, students, split.held()), strict=True))
+        students.clear()
+        self.context.progress(75, 100)
+        method = min(methods, key=lambda method: errors[method])
+        self.codes = choices[method]
+        error, found = self._correct(teacher, split, errors[method])
         self.outcome.numbers["output error on held-back samples"] = error
         if len(methods) > 1:
             self.outcome.change("calibration", "model", f"ranges by {method}, which has the least output error")
@@ -279,43 +288,34 @@ class _Run:
             self.outcome.refuse("bias correction", "model", why)
         return found
 
-    def _set_codes(self, placement: Placement, counts: dict[str, FloatArray], method: Method) -> None:
-        """Choose the code of every tensor that carries one; by its extremes where there is no histogram."""
-        self.codes = {}
+    def _codes(self, placement: Placement, method: Method) -> dict[str, TensorCode]:
+        """Choose the code of every tensor that carries one."""
+        codes: dict[str, TensorCode] = {}
         for name in _own(placement):
             entry = self.observed[name]
-            low, high = choose_range(entry.low, entry.high, counts.get(name), method, self.options.percentile)
+            low, high = choose_range(entry.low, entry.high, entry.histogram, method, self.options.percentile)
             chain = placement.chains.get(name)
             symmetric = RUNTIMES[self.options.runtime].symmetric
-            self.codes[name] = chain_code(chain, low, high) if chain else code_of_range(low, high, symmetric=symmetric)
-        self._share_concat(placement)
+            codes[name] = chain_code(chain, low, high) if chain else code_of_range(low, high, symmetric=symmetric)
+        _share_concat(placement, codes)
         for propagator in placement.propagators.values():  # in the order of the graph
             if propagator.kind != "arithmetic":
-                read = self.codes[propagator.node.inputs[0].name].read
+                read = codes[propagator.node.inputs[0].name].read
                 for tensor in propagator.node.outputs:
-                    self.codes[tensor.name] = TensorCode(read, read)
-
-    def _share_concat(self, placement: Placement) -> None:
-        """Give what only a Concat reads the code of its result: the copy is then one of bytes, and rounds once."""
-        for name, propagator in placement.propagators.items():
-            if propagator.node.op != "Concat":
-                continue
-            for tensor in propagator.node.inputs:
-                inherits = _inherits(placement, tensor.name)
-                if len(tensor.outputs) == 1 and not inherits and tensor.name not in placement.chains:
-                    self.codes[tensor.name] = self.codes[name]
+                    codes[tensor.name] = TensorCode(read, read)
+        return codes
 
     def _progress(self, start: int, end: int, batch: int) -> _Progress:
         return _Progress(self.context, start, end, max(1, -(-self.data.samples // batch)))
 
     # --------------------------------------------------------------------------------------------------- correction
 
-    def _emitter(self, model: Model, placement: Placement, found: dict[str, FloatArray]) -> Emitter:
-        return Emitter(model, placement, self.codes, found, self._reduced, RUNTIMES[self.options.runtime])
+    def _emitter(self, model: Model, placement: Placement, codes: dict[str, TensorCode], found: Corrections) -> Emitter:
+        return Emitter(model, placement, codes, found, self._reduced, RUNTIMES[self.options.runtime])
 
-    def _emitted(self, found: dict[str, FloatArray]) -> Model:
+    def _emitted(self, codes: dict[str, TensorCode], found: Corrections) -> Model:
         result = self.model.copy()
-        self._emitter(result, self._place(result), found).emit()
+        self._emitter(result, self._place(result), codes, found).emit()
         drop_value_info(result)
         return result
 
@@ -332,20 +332,18 @@ class _Run:
         fit = max(1, int(feeds * _FIT_SHARE))
         return _Split(self.data, batch, fit, feeds)
 
-    def _correct(self, split: _Split) -> tuple[float, dict[str, FloatArray]]:
-        """The least output error on held-back samples, and the corrections that gave it, if any did."""
-        teacher = Session(self.model)
-        error = output_error(teacher, self._student(self._emitted({})), split.held())
+    def _correct(self, teacher: Session, split: _Split, error: float) -> tuple[float, Corrections]:
+        """The least output error on held-back samples, ``error`` without, and the corrections that gave it, if any."""
         corrected_ops = {anchor.node.op for anchor in self._place(self.model).anchors.values()} & {"Conv", "Gemm"}
         if not (self.options.bias_correction and split.honest and corrected_ops):
             return error, {}
         probed, watched = self.model.copy(), self.model.copy()
-        emitter = self._emitter(probed, self._place(probed), {})
+        emitter = self._emitter(probed, self._place(probed), self.codes, {})
         emitter.probes = {}
         emitter.emit()
         drop_value_info(probed)
         found = corrections(watched, self._place(watched), probed, emitter.probes, split.fit())
-        corrected = output_error(teacher, self._student(self._emitted(found)), split.held())
+        (corrected,) = output_errors(teacher, [self._student(self._emitted(self.codes, found))], split.held())
         return (corrected, found) if corrected < error else (error, {})
 
     def _worst(self, placement: Placement, split: _Split) -> tuple[str, ...]:
@@ -361,10 +359,9 @@ class _Run:
             alone = self.model.copy()
             self.kept = tuple(other for other in placement.anchors if other != name)
             single = self._place(alone)
-            self._set_codes(single, {}, "percentile")
-            self._emitter(alone, single, {}).emit()
+            self._emitter(alone, single, self._codes(single, "percentile"), {}).emit()
             drop_value_info(alone)
-            errors[name] = output_error(teacher, self._student(alone), itertools.islice(split.held(), 2))
+            (errors[name],) = output_errors(teacher, [self._student(alone)], itertools.islice(split.held(), 2))
         return tuple(sorted(errors, key=lambda name: -errors[name])[: self.options.keep_float])
 
     def _clipped(self, placement: Placement) -> int:
@@ -435,6 +432,17 @@ def _own(placement: Placement) -> list[str]:
     return [name for name in sorted(placement.carried | placement.fed) if not _inherits(placement, name)]
 
 
+def _share_concat(placement: Placement, codes: dict[str, TensorCode]) -> None:
+    """Give what only a Concat reads the code of its result: the copy is then one of bytes, and rounds once."""
+    for name, propagator in placement.propagators.items():
+        if propagator.node.op != "Concat":
+            continue
+        for tensor in propagator.node.inputs:
+            inherits = _inherits(placement, tensor.name)
+            if len(tensor.outputs) == 1 and not inherits and tensor.name not in placement.chains:
+                codes[tensor.name] = codes[name]
+
+
 def _inherits(placement: Placement, name: str) -> bool:
     """Whether a tensor has the code of another: it was moved, not computed."""
     return any(
@@ -443,7 +451,7 @@ def _inherits(placement: Placement, name: str) -> bool:
     )
 
 
-def _watched(graph: gs.Graph, shapes: Shapes) -> list[str]:
+def _floats(graph: gs.Graph, shapes: Shapes) -> list[str]:
     """The float32 tensors of the main graph that codes may be needed for: all but the constants."""
     names: dict[str, None] = {}
     for tensor in (*graph.inputs, *(tensor for node in graph.nodes for tensor in node.outputs)):

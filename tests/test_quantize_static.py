@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxslim import Model, load
 from onnxslim.data import open_dataset
-from onnxslim.passes._calibration import choose_range, observe
+from onnxslim.passes._calibration import Histogram, choose_range, observe
 from onnxslim.passes._opset import raise_opset
 from onnxslim.passes._qdq import code_of_range, quantize_weight
 from onnxslim.passes.base import Context, Outcome
@@ -510,21 +510,56 @@ def test_extremes_of_all_feeds_are_observed():
     model = load(proto)
     feeds = images(3)
     feeds[1]["x"][0, 0, 0, 0] = 50.0
-    seen = observe(model, ["x", "r1"], feeds, lambda: None)
+    seen = observe(model, ["x", "r1"], feeds, {"x": 1, "r1": 7})
     assert seen["x"].high == 50.0
     assert seen["x"].low == min(feed["x"].min() for feed in feeds)
     assert seen["r1"].low == 0.0
-    assert seen["r1"].shape == (1, 32, 12, 12) and seen["r1"].elements == 32 * 144
+    assert seen["r1"].elements == 32 * 144
+    assert seen["x"].histogram.counts.sum() == 3 * 3 * 144
+    assert seen["r1"].histogram.counts.sum() == 3 * -(-32 * 144 // 7)
 
 
 def test_mse_range_cuts_an_outlier_and_minmax_does_not():
     random = np.random.default_rng(0)
     values = np.append(np.abs(random.normal(size=100_000)), 40.0)
-    counts = np.histogram(values, 2048, (0, 40))[0] * np.where(np.arange(2048) < 2047, 1000.0, 1.0)
-    low, high = choose_range(0.0, 40.0, counts, "mse", 99.99)
+    seen = Histogram()
+    seen.add(values.astype(np.float32))
+    seen.counts[:-1] *= 1000
+    low, high = choose_range(0.0, 40.0, seen, "mse", 99.99)
     assert low == 0.0 and high < 20
-    assert choose_range(0.0, 40.0, counts, "minmax", 99.99) == (0.0, 40.0)
-    assert choose_range(0.0, 40.0, counts, "percentile", 99.9)[1] < 5
+    assert choose_range(0.0, 40.0, seen, "minmax", 99.99) == (0.0, 40.0)
+    assert choose_range(0.0, 40.0, seen, "percentile", 99.9)[1] < 5
+
+
+def test_mse_range_has_the_least_error_of_all_that_are_tried():
+    values = np.random.default_rng(0).standard_t(4, size=20_000).astype(np.float32)
+    ends = float(values.min()), float(values.max())
+    seen = Histogram()
+    seen.add(values)
+
+    def error(low: float, high: float) -> float:
+        code = code_of_range(low, high).read
+        codes = np.clip(np.rint(values / code.scale) + code.zero, 0, 255)
+        return float(np.square(code.scale * (codes - code.zero) - values).mean())
+
+    best = min(error(ends[0] * a, ends[1] * b) for a in np.linspace(0.1, 1, 37) for b in np.linspace(0.1, 1, 37))
+    assert error(*choose_range(*ends, seen, "mse", 99.99)) < 1.03 * best
+
+
+def test_histogram_of_parts_that_spread_is_that_of_the_whole():
+    random = np.random.default_rng(0)
+    parts = [(random.normal(size=5000) * gain).astype(np.float32) for gain in (1e-3, 1.0, 0.1, 300.0, 2.0)]
+    parts[2][7] = np.nan
+    grown, whole = Histogram(), Histogram()
+    for part in (np.zeros(3, np.float32), *parts, np.zeros(0, np.float32)):
+        grown.add(part)
+    whole.add(np.concatenate(parts))
+    assert (grown.width, grown.first) == (whole.width, whole.first)
+    assert 2048 <= grown.counts.size <= 4097
+    assert np.array_equal(grown.counts, whole.counts) and whole.counts.sum() == 24_999
+    index = np.flatnonzero(grown.counts)
+    assert grown.centres[index[0]] == pytest.approx(np.nanmin(np.concatenate(parts)), abs=grown.width)
+    assert grown.centres[index[-1]] == pytest.approx(np.nanmax(np.concatenate(parts)), abs=grown.width)
 
 
 def test_code_of_range_holds_zero_and_both_ends():
