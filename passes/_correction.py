@@ -8,7 +8,8 @@ sees corrected inputs, and one forward pass gives the corrections of all layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from onnxslim.model import Model
     from onnxslim.passes._placement import Placement
 
-__all__ = ["corrections", "output_errors"]
+__all__ = ["Judge", "corrections"]
 
 FloatArray = NDArray[np.float64]
 Feed = dict[str, np.ndarray]
+
+_ANSWER_BYTES = 64 << 20  # of feeds and outputs kept to judge by
 
 
 def corrections(
@@ -59,22 +62,48 @@ def corrections(
     return {name: total / batches for name, total in sums.items() if np.isfinite(total).all()}
 
 
-def output_errors(teacher: Session, students: Sequence[Session], feeds: Iterable[Feed]) -> list[float]:
-    """Of each student, noise over signal of the float outputs, summed over feeds and averaged over outputs."""
-    noise: list[dict[str, float]] = [{} for _ in students]
-    signal: dict[str, float] = {}
-    for feed in feeds:
-        wanted = teacher.run(feed)
-        found = [student.run(feed) for student in students]
-        for name, value in wanted.items():
-            if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-                continue
-            if any(got[name].shape != value.shape for got in found):
-                continue
-            finite = np.isfinite(value)  # what the float model itself cannot hold is no measure
-            true = np.asarray(value[finite], np.float64)
-            signal[name] = signal.get(name, 0.0) + float(np.square(true).sum())
-            for total, got in zip(noise, found, strict=True):
-                total[name] = total.get(name, 0.0) + float(np.square(got[name][finite] - true).sum())
-    ratios = [[total[name] / max(signal[name], 1e-30) for name in total] for total in noise]
-    return [float(np.mean(each)) if each else float("inf") for each in ratios]
+@dataclass
+class Judge:
+    """What the float model makes of some feeds, by which quantized versions of it are judged.
+
+    Attributes:
+        answers: each feed with the float outputs; elements that are not finite are no measure.
+        fused: whether int8 kernels run, or what they stand for in float: on this processor they may saturate.
+    """
+
+    answers: list[tuple[Feed, Feed]]
+    fused: bool = True
+
+    @classmethod
+    def of(cls, teacher: Model, feeds: Iterable[Feed], *, fused: bool = True) -> Judge:
+        """Run ``teacher`` over ``feeds``: over the first ones where all answers would take much memory."""
+        session = Session(teacher)
+        answers: list[tuple[Feed, Feed]] = []
+        left = _ANSWER_BYTES
+        for feed in feeds:
+            outputs = session.run(feed)
+            answers.append((feed, {name: value for name, value in outputs.items() if _is_float(value)}))
+            left -= sum(value.nbytes for one in answers[-1] for value in one.values())
+            if left <= 0:
+                break
+        return cls(answers, fused)
+
+    def error(self, student: Model) -> float:
+        """Noise over signal of the float outputs, summed over feeds and averaged over outputs."""
+        session = Session(student, optimize=self.fused)
+        noise: dict[str, float] = {}
+        signal: dict[str, float] = {}
+        for feed, answer in self.answers:
+            got = session.run(feed)
+            for name, value in answer.items():
+                if got[name].shape == value.shape:
+                    finite = np.isfinite(value)
+                    true = np.asarray(value[finite], np.float64)
+                    noise[name] = noise.get(name, 0.0) + float(np.square(got[name][finite] - true).sum())
+                    signal[name] = signal.get(name, 0.0) + float(np.square(true).sum())
+        ratios = [noise[name] / max(signal[name], 1e-30) for name in noise]
+        return float(np.mean(ratios)) if ratios else float("inf")
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f"

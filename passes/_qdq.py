@@ -105,6 +105,12 @@ def quantize_weight(
     return np.clip(np.rint(weight / shaped), -CODE_LIMIT, CODE_LIMIT).astype(np.int8), scale
 
 
+def dequantize_weight(codes: NDArray[np.int8], scale: NDArray[np.float32], axis: int | None) -> NDArray[np.float32]:
+    """The weight that codes from :func:`quantize_weight` stand for."""
+    shape = [-1 if index == axis else 1 for index in range(codes.ndim)]
+    return np.asarray(codes * (scale if axis is None else scale.reshape(shape)), np.float32)
+
+
 @dataclass
 class Emitter:
     """Writes one placement into one model.
@@ -131,7 +137,7 @@ class Emitter:
         self._fed: dict[str, gs.Variable] = {}
         self._scalars: dict[tuple[str, float], gs.Constant] = {}
         self._zeros: dict[tuple[int, ...], gs.Constant] = {}
-        self._weights: dict[tuple[int, int | None, bytes], tuple[gs.Variable, gs.Constant]] = {}
+        self._weights: dict[tuple[int, int | None, bytes], tuple[gs.Tensor, gs.Constant]] = {}
 
     def emit(self) -> None:
         """Rewrite the main graph of the model."""
@@ -273,13 +279,17 @@ class Emitter:
             self._scalars[key] = gs.Constant(self.model.fresh_name(f"{kind}{len(self._scalars)}"), np.asarray(value))
         return self._scalars[key]
 
-    def _weight(self, weight: gs.Constant, anchor: Anchor, floor: FloatArray | float) -> tuple[gs.Variable, np.ndarray]:
+    def _weight(self, weight: gs.Constant, anchor: Anchor, floor: FloatArray | float) -> tuple[gs.Tensor, np.ndarray]:
         """The dequantized weight and its scales, at least ``floor``; stored once for all nodes that share both."""
         values, axis = np.asarray(weight.values, np.float32), anchor.axis
         pairs = self.reduce_range and not _depthwise(anchor.node)
         codes, scale = quantize_weight(values, axis, pairs=pairs, floor=floor)
         key = (id(weight), axis, scale.tobytes())
-        if key not in self._weights:
+        if self.probes is not None and key not in self._weights:
+            # What is constant is laid out for ONNX Runtime's float kernels when the probed model loads.
+            rounded = dequantize_weight(codes, scale, axis)
+            self._weights[key] = (gs.Constant(self.model.fresh_name(f"{weight.name}_r"), rounded), weight)
+        elif key not in self._weights:
             result = self._variable("w", np.float32)
             inputs = [
                 gs.Constant(self.model.fresh_name(f"{weight.name}_q"), codes),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -19,7 +19,7 @@ from onnxslim.graph.shapes import Shapes, infer_shapes
 from onnxslim.graph.walk import drop_value_info, hoist_constants, remove_dead_nodes
 from onnxslim.passes._absorb import absorb
 from onnxslim.passes._calibration import Method, Observed, choose_range, draw_steps, observe
-from onnxslim.passes._correction import corrections, output_errors
+from onnxslim.passes._correction import Judge, corrections
 from onnxslim.passes._opset import raise_opset
 from onnxslim.passes._placement import ANCHORS, Anchor, Placement, anchor_obstacle, matches, weight_axis
 from onnxslim.passes._qdq import LEVELS, Emitter, FloatArray, TensorCode, chain_code, code_of_range
@@ -27,7 +27,6 @@ from onnxslim.passes._runtimes import RUNTIMES, RuntimeName
 from onnxslim.passes._saturation import kernels_saturate
 from onnxslim.passes._weight_only import quantize_stored_weights
 from onnxslim.passes.base import Context, Outcome, Pass
-from onnxslim.runtime import Session
 
 if TYPE_CHECKING:
     from onnxslim.data import Dataset
@@ -44,7 +43,7 @@ _BATCH_BYTES = 64 << 20  # of all activations of one batch: a few sessions hold 
 _BATCH = 32
 _KEPT_BYTES = 64 << 20  # of calibration data: read once up to here
 _FIT_SHARE = 0.75  # of the calibration data corrects biases; the rest decides whether that is kept
-_MOST_FIT, _MOST_HELD = 48, 16  # batches
+_MOST_FIT, _MOST_HELD = 24, 16  # batches
 _TINY_WEIGHT, _TINY_MACS = 512, 6_000
 _MOST_KEPT = 8
 _SENSITIVITY_SECONDS = 60
@@ -269,15 +268,13 @@ class _Run:
         self.codes = self._codes(placement, methods[0])
         if len(methods) == 1 and not options.bias_correction:
             return {}
-        teacher = Session(self.model)
+        judge = self._judge(split.held())
         choices = {method: self._codes(placement, method) for method in methods}
-        students = [self._student(self._emitted(codes, {})) for codes in choices.values()]
-        errors = dict(zip(methods, output_errors(teacher, students, split.held()), strict=True))
-        students.clear()
+        errors = {method: judge.error(self._emitted(codes, {})) for method, codes in choices.items()}
         self.context.progress(75, 100)
         method = min(methods, key=lambda method: errors[method])
         self.codes = choices[method]
-        error, found = self._correct(teacher, split, errors[method])
+        error, found = self._correct(judge, split, errors[method])
         self.outcome.numbers["output error on held-back samples"] = error
         if len(methods) > 1:
             self.outcome.change("calibration", "model", f"ranges by {method}, which has the least output error")
@@ -319,9 +316,9 @@ class _Run:
         drop_value_info(result)
         return result
 
-    def _student(self, model: Model) -> Session:
-        """Runs a quantized model as its runtime does: this processor's kernels may saturate where that one's do not."""
-        return Session(model, optimize=self._reduced or not kernels_saturate())
+    def _judge(self, feeds: Iterable[dict[str, np.ndarray]]) -> Judge:
+        # What is not written for this processor's kernels must not be judged by their saturation.
+        return Judge.of(self.model, feeds, fused=self._reduced or not kernels_saturate())
 
     def _split(self, batch: int) -> _Split:
         """Which batches correct, and which judge; at least one of each where there are two feeds."""
@@ -332,7 +329,7 @@ class _Run:
         fit = max(1, int(feeds * _FIT_SHARE))
         return _Split(self.data, batch, fit, feeds)
 
-    def _correct(self, teacher: Session, split: _Split, error: float) -> tuple[float, Corrections]:
+    def _correct(self, judge: Judge, split: _Split, error: float) -> tuple[float, Corrections]:
         """The least output error on held-back samples, ``error`` without, and the corrections that gave it, if any."""
         corrected_ops = {anchor.node.op for anchor in self._place(self.model).anchors.values()} & {"Conv", "Gemm"}
         if not (self.options.bias_correction and split.honest and corrected_ops):
@@ -343,12 +340,12 @@ class _Run:
         emitter.emit()
         drop_value_info(probed)
         found = corrections(watched, self._place(watched), probed, emitter.probes, split.fit())
-        (corrected,) = output_errors(teacher, [self._student(self._emitted(self.codes, found))], split.held())
+        corrected = judge.error(self._emitted(self.codes, found))
         return (corrected, found) if corrected < error else (error, {})
 
     def _worst(self, placement: Placement, split: _Split) -> tuple[str, ...]:
         """The layers that raise the output error most when each is quantized alone, as many as are to stay float."""
-        teacher = Session(self.model)
+        judge = self._judge(itertools.islice(split.held(), 2))
         errors: dict[str, float] = {}
         started = time.monotonic()
         for name in placement.anchors:
@@ -361,7 +358,7 @@ class _Run:
             single = self._place(alone)
             self._emitter(alone, single, self._codes(single, "percentile"), {}).emit()
             drop_value_info(alone)
-            (errors[name],) = output_errors(teacher, [self._student(alone)], itertools.islice(split.held(), 2))
+            errors[name] = judge.error(alone)
         return tuple(sorted(errors, key=lambda name: -errors[name])[: self.options.keep_float])
 
     def _clipped(self, placement: Placement) -> int:
