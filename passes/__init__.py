@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from onnxslim.passes.fold_constants import FoldConstants
     from onnxslim.passes.prune_channels import PruneChannels
     from onnxslim.passes.quantize_static import QuantizeStatic
+    from onnxslim.passes.quantize_weights import QuantizeWeights
     from onnxslim.passes.registry import PASSES, find_pass, make_pass
     from onnxslim.passes.share_weights import ShareWeights
     from onnxslim.passes.simplify import Simplify
@@ -26,6 +27,7 @@ __all__ = [
     "Pass",
     "PruneChannels",
     "QuantizeStatic",
+    "QuantizeWeights",
     "Refusal",
     "ShareWeights",
     "Simplify",
@@ -41,6 +43,7 @@ import_lazily(
         "fold_constants": ("FoldConstants",),
         "prune_channels": ("PruneChannels",),
         "quantize_static": ("QuantizeStatic",),
+        "quantize_weights": ("QuantizeWeights",),
         "registry": ("PASSES", "find_pass", "make_pass"),
         "share_weights": ("ShareWeights",),
         "simplify": ("Simplify",),

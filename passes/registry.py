@@ -12,6 +12,7 @@ from onnxslim.passes.factorize_low_rank import FactorizeLowRank
 from onnxslim.passes.fold_constants import FoldConstants
 from onnxslim.passes.prune_channels import PruneChannels
 from onnxslim.passes.quantize_static import QuantizeStatic
+from onnxslim.passes.quantize_weights import QuantizeWeights
 from onnxslim.passes.share_weights import ShareWeights
 from onnxslim.passes.simplify import Simplify
 from onnxslim.suggest import unknown_name
@@ -19,7 +20,16 @@ from onnxslim.suggest import unknown_name
 __all__ = ["PASSES", "find_pass", "make_pass"]
 
 PASSES: dict[str, type[Pass]] = {
-    kind.name: kind for kind in (FoldConstants, Simplify, PruneChannels, FactorizeLowRank, QuantizeStatic, ShareWeights)
+    kind.name: kind
+    for kind in (
+        FoldConstants,
+        Simplify,
+        PruneChannels,
+        FactorizeLowRank,
+        QuantizeStatic,
+        QuantizeWeights,
+        ShareWeights,
+    )
 }
 """Every pass by name, in the order in which they make sense."""
 
