@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from onnxslim.passes._rewriter import Rewriter
 from onnxslim.passes._rules import Ledger, apply_rules
 from onnxslim.passes._rules_affine import fold_affine
+from onnxslim.passes._rules_batchnorm import batchnorm_as_conv
 from onnxslim.passes._rules_pad import PAD_RULES
 from onnxslim.passes.base import Context, Outcome
 
@@ -17,7 +18,7 @@ __all__ = ["absorb"]
 
 
 def absorb(model: Model) -> None:
-    """Merge Pad nodes into the convolutions and pools that read them, and scales and shifts into the layers before."""
+    """Merge Pad nodes into what reads them, scales into layers before, and make layers of BatchNormalizations."""
     rewriter = Rewriter(model)
-    apply_rules(rewriter, (*PAD_RULES, fold_affine), Ledger(Outcome(), Context()))
+    apply_rules(rewriter, (*PAD_RULES, fold_affine, batchnorm_as_conv), Ledger(Outcome(), Context()))
     rewriter.finish()

@@ -16,7 +16,7 @@ from onnxslim.passes._reweight import input_edit, output_edit
 from onnxslim.passes._rewriter import Rewriter
 from onnxslim.passes._rules import Refused, Rule, rule
 
-__all__ = ["BATCHNORM_RULES"]
+__all__ = ["BATCHNORM_RULES", "batchnorm_as_conv"]
 
 _PARAMETERS = ("scale", "bias", "mean", "variance")
 
@@ -80,6 +80,35 @@ def _into_layer_behind(g: Rewriter, node: gs.Node) -> str | Refused | None:
         return edit
     edit.apply(g)
     return f"took the BatchNormalization {before.name} before it into its weight"
+
+
+@rule("batchnorm-as-conv", "BatchNormalization", since=7)
+def batchnorm_as_conv(g: Rewriter, node: gs.Node) -> str | Refused | None:
+    """A BatchNormalization of a map that layers make becomes a depthwise Conv of one tap: for that there is a kernel.
+
+    Only quantization needs this: in float a BatchNormalization is as fast.
+    """
+    source = node.inputs[0]
+    rank = g.rank(source)
+    before = g.producer(source, "Conv", "Relu", "Clip", "LeakyRelu", "MaxPool", "AveragePool", "Add", "Concat")
+    if rank is None or rank < 3 or before is None or g.dtype(source) != np.float32:
+        return None
+    affine = _affine(g, node)
+    if isinstance(affine, Refused):
+        return affine
+    assert affine.scale is not None and affine.shift is not None
+    spatial = rank - 2
+    channels = affine.scale.size
+    with np.errstate(over="ignore"):
+        weight = affine.scale.astype(np.float32).reshape(channels, 1, *[1] * spatial)
+        shift = affine.shift.astype(np.float32)
+    if not (np.isfinite(weight).all() and np.isfinite(shift).all()):
+        return Refused("its numbers would overflow")
+    hint = node.inputs[1].name
+    scope = g.scope(node)
+    inputs = [source, g.make_constant(scope, f"{hint}_gain", weight), g.make_constant(scope, f"{hint}_shift", shift)]
+    g.rewrite(node, "Conv", {"group": channels, "kernel_shape": [1] * spatial}, inputs)
+    return f"a depthwise Conv of {channels} channels"
 
 
 def _affine(g: Rewriter, node: gs.Node) -> Affine | Refused:

@@ -440,6 +440,24 @@ def test_depthwise_weights_use_all_bits_in_a_reduced_range():
     assert np.abs(codes["c1_w_q"]).max() < 127
 
 
+def test_batch_normalization_behind_an_activation_runs_on_codes(tmp_path):
+    b = Builder()
+    b.node("Relu", [b.conv("x", "c1", 3, 32)], "r1")
+    numbers = [b.random.normal(size=32).astype(np.float32) for _ in range(3)]
+    numbers.append(b.random.uniform(0.5, 2, size=32).astype(np.float32))
+    names = [b.constant(f"bn{index}", value) for index, value in enumerate(numbers)]
+    b.node("BatchNormalization", ["r1", *names], "n1")
+    b.node("MaxPool", ["n1"], "p1", kernel_shape=[2, 2], strides=[2, 2])
+    b.conv("p1", "y", 32, 32)
+    proto = b.model({"x": ["N", 3, 24, 24]}, {"y": ["N", 32, 12, 12]})
+    model, outcome = quantize(proto, images(size=24))
+    assert decibels(proto, model, images(seed=5, size=24)) > 28
+    assert outcome.numbers["nodes quantized"] == 3
+    kernels = fused(model, tmp_path)
+    assert kernels["QLinearConv"] == 3
+    assert not {"BatchNormalization", "Conv", "Relu"} & set(kernels)
+
+
 # -------------------------------------------------------------------------------------------------------- runtimes
 
 
