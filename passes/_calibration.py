@@ -26,7 +26,7 @@ Method = Literal["mse", "minmax", "percentile"]
 FloatArray = NDArray[np.float64]
 
 BINS = 4096
-_DRAWN = 1 << 19  # elements drawn of one tensor, over all feeds: enough for the tails of its histogram
+_DRAWN = 1 << 20  # elements drawn of one tensor, over all feeds: enough for the tails of its histogram
 _NO_SPAN = 1e-30  # all but subnormal: no bins are made of it
 _GRID = np.linspace(1.0, 0.1, 37)
 

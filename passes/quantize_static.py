@@ -43,6 +43,7 @@ _BATCH_BYTES = 64 << 20  # of all activations of one batch: a few sessions hold 
 _BATCH = 32
 _KEPT_BYTES = 64 << 20  # of calibration data: read once up to here
 _FIT_SHARE = 0.75  # of the calibration data corrects biases; the rest decides whether that is kept
+_NEAR = 1.3  # times the least output error: ranges that are worse are not tried with corrected biases
 _MOST_FIT, _MOST_HELD = 24, 16  # batches
 _TINY_WEIGHT, _TINY_MACS = 512, 6_000
 _MOST_KEPT = 8
@@ -272,9 +273,11 @@ class _Run:
         choices = {method: self._codes(placement, method) for method in methods}
         errors = {method: judge.error(self._emitted(codes, {})) for method, codes in choices.items()}
         self.context.progress(75, 100)
-        method = min(methods, key=lambda method: errors[method])
-        self.codes = choices[method]
-        error, found = self._correct(judge, split, errors[method])
+        # Corrections may turn the order of two methods round, but not where one is far worse.
+        near = [method for method in methods if errors[method] <= _NEAR * min(errors.values())]
+        trials = {method: self._correct(judge, split, choices[method], errors[method]) for method in near}
+        method = min(near, key=lambda method: trials[method][0])
+        self.codes, (error, found) = choices[method], trials[method]
         self.outcome.numbers["output error on held-back samples"] = error
         if len(methods) > 1:
             self.outcome.change("calibration", "model", f"ranges by {method}, which has the least output error")
@@ -329,18 +332,20 @@ class _Run:
         fit = max(1, int(feeds * _FIT_SHARE))
         return _Split(self.data, batch, fit, feeds)
 
-    def _correct(self, judge: Judge, split: _Split, error: float) -> tuple[float, Corrections]:
+    def _correct(
+        self, judge: Judge, split: _Split, codes: dict[str, TensorCode], error: float
+    ) -> tuple[float, Corrections]:
         """The least output error on held-back samples, ``error`` without, and the corrections that gave it, if any."""
         corrected_ops = {anchor.node.op for anchor in self._place(self.model).anchors.values()} & {"Conv", "Gemm"}
         if not (self.options.bias_correction and split.honest and corrected_ops):
             return error, {}
         probed, watched = self.model.copy(), self.model.copy()
-        emitter = self._emitter(probed, self._place(probed), self.codes, {})
+        emitter = self._emitter(probed, self._place(probed), codes, {})
         emitter.probes = {}
         emitter.emit()
         drop_value_info(probed)
         found = corrections(watched, self._place(watched), probed, emitter.probes, split.fit())
-        corrected = judge.error(self._emitted(self.codes, found))
+        corrected = judge.error(self._emitted(codes, found))
         return (corrected, found) if corrected < error else (error, {})
 
     def _worst(self, placement: Placement, split: _Split) -> tuple[str, ...]:

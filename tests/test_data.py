@@ -331,6 +331,23 @@ def test_take_is_a_prefix():
     assert isinstance(data.take(2).take(1), Dataset) and data.take(2).take(1).samples == 1
 
 
+def test_small_data_is_read_into_memory_once():
+    class Counted:
+        reads = 0
+
+        def __iter__(self):
+            Counted.reads += 1
+            return iter([{"x": floats(2, 3)} for _ in range(4)])
+
+    data = open_dataset(Counted(), [spec()])
+    Counted.reads = 0
+    kept = data.in_memory(4 * 24)
+    same(kept, kept)
+    same(kept.batches(1), kept)
+    assert Counted.reads == 1 and kept.samples == data.samples
+    assert data.in_memory(4 * 24 - 1) is data
+
+
 # ----------------------------------------------------------------------------------------------------- made-up feeds
 
 
