@@ -8,7 +8,7 @@ QuantizeLinear takes float16 from opset 19 on); an operator that nobody here kno
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,13 @@ from onnxslim.graph.shapes import infer_shapes
 from onnxslim.model import Model, load
 from onnxslim.suggest import unknown_name
 
-__all__ = ["FLOAT_TYPES", "convert_floats"]
+__all__ = ["FLOAT_TYPES", "OLDEST_OPSET", "convert_floats", "inline_functions", "narrow_inside", "rounded"]
 
 FLOAT_TYPES = {"fp16": np.float16, "float16": np.float16, "fp32": np.float32, "float32": np.float32}
 """The float types that a model can be converted to, by name."""
 
 # Below this, Cast names the type that it makes instead of giving its number.
-_OLDEST_OPSET = 6
+OLDEST_OPSET = 6
 # Ops that take float16 and compute too coarsely in it: counts and positions above 2,048, orders of close numbers.
 _COARSE = frozenset(
     {
@@ -65,23 +65,44 @@ def convert_floats(model: Model, name: str) -> Model:
     if name not in FLOAT_TYPES:
         hint = " For int8, use the pass quantize-static of `onnxslim optimize`." if "int8" in name else ""
         raise RecipeError(unknown_name("dtype", name, FLOAT_TYPES) + hint)
-    if model.opset < _OLDEST_OPSET:
+    if model.opset < OLDEST_OPSET:
         raise RecipeError(
-            f"dtype: the model's opset is {model.opset}, and types can be converted from opset {_OLDEST_OPSET} on."
+            f"dtype: the model's opset is {model.opset}, and types can be converted from opset {OLDEST_OPSET} on."
         )
-    if model.graph.functions:
-        model = load(inline_local_functions(model.to_proto()))
+    model = inline_functions(model)
     target = np.dtype(FLOAT_TYPES[name])
     source = np.dtype(np.float32 if target == np.float16 else np.float16)
     _Conversion(model, source, target).run()
     return model
 
 
-class _Conversion:
-    """One conversion of every tensor of type ``source`` to ``target``."""
+def inline_functions(model: Model) -> Model:
+    """Return the model with its local functions inlined; the same model where it has none."""
+    return load(inline_local_functions(model.to_proto())) if model.graph.functions else model
 
-    def __init__(self, model: Model, source: np.dtype, target: np.dtype) -> None:
+
+def narrow_inside(model: Model, keep: Collection[gs.Node]) -> int:
+    """Compute in float16 behind inputs and before outputs that stay float32; return in how many nodes.
+
+    One Cast stands wherever the two types meet, and is shared by all that read it.
+
+    Args:
+        model: rewritten in place. It has no functions and no sequences, and the type of each tensor can be inferred.
+        keep: the nodes that go on computing in float32; none of them holds a body.
+    """
+    conversion = _Conversion(model, np.dtype(np.float32), np.dtype(np.float16), keep)
+    computing = conversion.computing()
+    conversion.keep_borders()
+    conversion.run()
+    return computing
+
+
+class _Conversion:
+    """One conversion of every tensor of type ``source`` to ``target``, but for what nodes of ``keep`` read and make."""
+
+    def __init__(self, model: Model, source: np.dtype, target: np.dtype, keep: Collection[gs.Node] = ()) -> None:
         self.model = model
+        self.keep = {id(node) for node in keep}
         self.source = source
         self.target = target
         self.codes = {helper.np_dtype_to_tensor_dtype(source): helper.np_dtype_to_tensor_dtype(target)}
@@ -100,6 +121,50 @@ class _Conversion:
             and all(reader is not None and self._keeps(*reader, inputs=True) for reader in self.readers[id(tensor)])
         }
 
+    def computing(self) -> int:
+        """The number of nodes that will compute in the new type."""
+        nodes = (node for graph in self.model.graphs() for node in graph.nodes if node.op != "Cast")
+        return sum(
+            any(
+                self._is_source(tensor) and not self._keeps(node, index, inputs=False)
+                for index, tensor in enumerate(node.outputs)
+            )
+            for node in nodes
+        )
+
+    def keep_borders(self) -> None:
+        """Let the model's inputs and outputs keep their type, with a Cast for those who make or read the new one."""
+        graph = self.model.graph
+        borders = {id(tensor): tensor for tensor in (*graph.inputs, *graph.outputs) if self._is_source(tensor)}
+        for tensor in borders.values():
+            self._keep_border(tensor)
+        self.unchanged |= borders.keys()
+
+    def _keep_border(self, tensor: gs.Tensor) -> None:
+        graph = self.model.graph
+        maker = next(iter(tensor.inputs), None)
+        place = 0 if maker is None else next(i for i, output in enumerate(maker.outputs) if output is tensor)
+        converts = maker is not None and not self._keeps(maker, place, inputs=False)
+        readers = [reader for reader in self.readers.get(id(tensor), ()) if reader is not None]
+        narrow = [reader for reader in readers if not self._keeps(*reader, inputs=True)]
+        bodies = [
+            body for body in self.model.graphs() if body is not graph and _place(body.outputs, tensor) is not None
+        ]
+        if not (converts or narrow or bodies):
+            return
+        inner = gs.Variable(self.model.fresh_name(f"{tensor.name}_{self.target}"), self.target, tensor.shape)
+        for node, index in narrow:
+            node.inputs[index] = inner
+        for body in bodies:
+            body.outputs = [inner if output is tensor else output for output in body.outputs]
+        if maker is not None and converts:
+            maker.outputs[place] = inner
+            cast = self._cast(inner, tensor, self.source)
+        else:
+            cast = self._cast(tensor, inner, self.target)
+        position = 0 if maker is None else (_place(graph.nodes, maker) or 0) + 1
+        graph.nodes = [*graph.nodes[:position], cast, *graph.nodes[position:]]
+
     def run(self) -> None:
         graphs = list(self.model.graphs())
         constants = self._constants(graphs)
@@ -115,7 +180,7 @@ class _Conversion:
         for graph in graphs:
             self._declare(graph)
         for constant in constants:
-            constant.values = _rounded(np.asarray(constant.values), self.target)
+            constant.values = rounded(np.asarray(constant.values), self.target)
 
     def _is_source(self, tensor: gs.Tensor) -> bool:
         return not tensor.is_empty() and self.types.dtype(tensor) == self.source
@@ -133,6 +198,8 @@ class _Conversion:
 
     def _keeps(self, node: gs.Node, index: int, *, inputs: bool) -> bool:
         """Whether a place of a node has to keep the old type."""
+        if id(node) in self.keep:
+            return True
         domain = "" if node.domain in (None, "ai.onnx") else node.domain
         narrows = self.target == np.float16
         if narrows and (domain or node.op in _COARSE):
@@ -157,13 +224,17 @@ class _Conversion:
         """The constants to convert; a place that keeps the old type gets one of its own where others read it too."""
         found: dict[int, gs.Constant] = {}
         for graph in graphs:
-            found |= {id(tensor.default): tensor.default for tensor in graph.inputs if "default" in tensor.__dict__}
+            found |= {
+                id(tensor.default): tensor.default
+                for tensor in graph.inputs
+                if "default" in tensor.__dict__ and id(tensor) not in self.unchanged
+            }
             for tensor in (*graph.outputs, *(tensor for node in graph.nodes for tensor in node.inputs)):
                 if isinstance(tensor, gs.Constant):
                     found[id(tensor)] = tensor
         converted = []
         for constant in found.values():
-            if np.dtype(constant.dtype) != self.source:
+            if np.dtype(constant.dtype) != self.source or id(constant) in self.unchanged:
                 continue
             keeping = [
                 reader for reader in self.readers.get(id(constant), ()) if reader and self._keeps(*reader, inputs=True)
@@ -214,7 +285,12 @@ class _Conversion:
     def _convert_attributes(self, node: gs.Node) -> None:
         """Make what a node says of its output's type say the new one."""
         outputs = [tensor for tensor in node.outputs if not tensor.is_empty()]
-        if not outputs or id(outputs[0]) in self.unchanged or node.domain not in (None, "", "ai.onnx"):
+        if (
+            id(node) in self.keep
+            or not outputs
+            or id(outputs[0]) in self.unchanged
+            or node.domain not in (None, "", "ai.onnx")
+        ):
             return
         if node.op == "Optional" and isinstance(node.attrs.get("type"), onnx.AttributeProto):
             attribute = onnx.AttributeProto()
@@ -247,7 +323,7 @@ class _Conversion:
         value = node.attrs.get("value")
         if isinstance(value, gs.Constant) and np.dtype(value.dtype) == self.source:
             # Constants may be shared with another copy of the model: a new one, not new values.
-            node.attrs["value"] = gs.Constant(value.name, _rounded(np.asarray(value.values), self.target))
+            node.attrs["value"] = gs.Constant(value.name, rounded(np.asarray(value.values), self.target))
 
     # ------------------------------------------------------------------------------------------------ declarations
 
@@ -282,7 +358,12 @@ class _Conversion:
             kind.tensor_type.elem_type = self.codes[kind.tensor_type.elem_type]
 
 
-def _rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _place(items: list[Any], item: Any) -> int | None:
+    """The index of what is the same object."""
+    return next((index for index, other in enumerate(items) if other is item), None)
+
+
+def rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Convert numbers; in a narrower type none becomes infinite, and none but zero becomes zero."""
     if dtype != np.float16:
         return values.astype(dtype)

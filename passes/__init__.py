@@ -8,6 +8,7 @@ from onnxslim.lazy import import_lazily
 
 if TYPE_CHECKING:
     from onnxslim.passes.base import Change, Context, Outcome, Pass, Refusal
+    from onnxslim.passes.convert_fp16 import ConvertFp16
     from onnxslim.passes.factorize_low_rank import FactorizeLowRank
     from onnxslim.passes.fold_constants import FoldConstants
     from onnxslim.passes.prune_channels import PruneChannels
@@ -21,6 +22,7 @@ __all__ = [
     "PASSES",
     "Change",
     "Context",
+    "ConvertFp16",
     "FactorizeLowRank",
     "FoldConstants",
     "Outcome",
@@ -39,6 +41,7 @@ import_lazily(
     __name__,
     {
         "base": ("Change", "Context", "Outcome", "Pass", "Refusal"),
+        "convert_fp16": ("ConvertFp16",),
         "factorize_low_rank": ("FactorizeLowRank",),
         "fold_constants": ("FoldConstants",),
         "prune_channels": ("PruneChannels",),

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from onnxslim.errors import RecipeError
 from onnxslim.passes.base import Pass
+from onnxslim.passes.convert_fp16 import ConvertFp16
 from onnxslim.passes.factorize_low_rank import FactorizeLowRank
 from onnxslim.passes.fold_constants import FoldConstants
 from onnxslim.passes.prune_channels import PruneChannels
@@ -28,6 +29,7 @@ PASSES: dict[str, type[Pass]] = {
         FactorizeLowRank,
         QuantizeStatic,
         QuantizeWeights,
+        ConvertFp16,
         ShareWeights,
     )
 }
