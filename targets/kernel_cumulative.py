@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 from tvm import te, tirx
@@ -31,8 +32,10 @@ from onnxslim.targets.machine import PARALLEL_WORK, Machine
 
 __all__ = ["running_sum", "write_running_sum"]
 
-# Vectors that are added up together, so that what is read of each row is longer than a line of the cache.
-_TOGETHER = 8
+# Vectors of sums that a core can keep in registers.
+_IN_REGISTERS = 8
+# Vectors that are added up together: the longer what is read of each row, the fewer pages are open at a time.
+_WIDEST = 32
 
 
 def running_sum(x: Any, axis: int, *, exclusive: bool, backwards: bool) -> Any:
@@ -70,7 +73,7 @@ class _Writer:
         self.result = step.output
         self.exclusive, self.backwards = bool(note["exclusive"]), bool(note["backwards"])
         self.dtype = str(self.source.dtype)
-        self.lanes = machine.lanes(self.dtype)
+        self.lanes, self.cores = machine.lanes(self.dtype), machine.cores
         axis = int(note["axis"])
         whole = [known(size) for size in self.source.shape]
         shape: list[Size] = [
@@ -83,12 +86,15 @@ class _Writer:
     def body(self) -> Stmt:
         """All columns: each has a place before the axis, and one behind it."""
         if isinstance(self.inner, int):
-            widths = [_TOGETHER * self.lanes, self.lanes, self.inner % self.lanes or 1]
-            runs: list[tuple[Size, int, Size]] = [(*run,) for run in cut(self.inner, widths)]
-        else:
-            vectors = tirx.floordiv(self.inner, index(self.lanes))
-            whole = vectors * self.lanes
-            runs = [(0, self.lanes, vectors), (whole, 1, self.inner - whole)]
+            vectors, rest = divmod(self.inner, self.lanes)
+            widest = min(_WIDEST, max(_IN_REGISTERS, vectors // (2 * self.cores)))
+            widths = [widest * self.lanes, _IN_REGISTERS * self.lanes, self.lanes, rest or 1]
+            return seq(*(self._run(*run) for run in cut(self.inner, widths)))
+        wide = _WIDEST * self.lanes
+        blocks = tirx.floordiv(self.inner, index(wide))
+        vectors = tirx.floordiv(self.inner - blocks * wide, index(self.lanes))
+        done = blocks * wide + vectors * self.lanes
+        runs = [(0, wide, blocks), (blocks * wide, self.lanes, vectors), (done, 1, self.inner - done)]
         return seq(*(self._run(*run) for run in runs))
 
     def _run(self, start: Size, width: int, count: Size) -> Stmt:
@@ -110,10 +116,18 @@ class _Writer:
                 write = store(self.result, load_of(sums, lane), *self._place(base + lane))
                 return seq(write, add) if self.exclusive else seq(add, write)
 
-            return vector(width, column)
+            return self._each(width, column)
 
-        cleared = vector(width, lambda lane: store(sums, tirx.const(0, self.dtype), lane))
+        cleared = self._each(width, lambda lane: store(sums, tirx.const(0, self.dtype), lane))
         return seq(declared, cleared, loop("step", self.steps, step))
+
+    def _each(self, width: int, body: Callable[[Expr], Stmt]) -> Stmt:
+        """``body`` for some columns, all at once where their sums fit the registers."""
+        if width <= _IN_REGISTERS * self.lanes:
+            return vector(width, body)
+        return loop(
+            "part", width // self.lanes, lambda part: vector(self.lanes, lambda lane: body(part * self.lanes + lane))
+        )
 
     def _place(self, flat: Expr) -> list[Any]:
         """A place in memory: TVM adds up indices by their strides, and the last one's is 1."""

@@ -335,7 +335,7 @@ def test_nothing_to_reduce_of_other_types(name, kind):
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_running_sums(axis, kind):
     tensor_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
-    for shape in [("a", "b", "c"), (3, 9, 77)]:
+    for shape in [("a", "b", "c"), (3, 9, 77), (2, 3, 1100)]:
         net = Net(opset=14)
         x = net.input(*shape, kind=tensor_type)
         sums = [
@@ -343,7 +343,7 @@ def test_running_sums(axis, kind):
             for exclusive, reverse in itertools.product((0, 1), (0, 1))
         ]
         model = net.model(net.add("Concat", *sums, axis=0))
-        sizes = [(2, 3, 4), (0, 3, 4), (2, 0, 4), (2, 3, 0), (5, 7, 67)] if "a" in shape else [shape]
+        sizes = [(2, 3, 4), (0, 3, 4), (2, 0, 4), (2, 3, 0), (5, 7, 67), (2, 3, 699)] if "a" in shape else [shape]
         for found, wanted in of_each_size(model, kind, sizes):
             np.testing.assert_array_equal(found, wanted)
 
