@@ -86,11 +86,11 @@ class QuantizeWeights(Pass):
         for done, target in enumerate(targets, 1):
             if target.key not in blocks:
                 blocks[target.key] = self._quantized(target.layer, found.get(target.key))
+            op, label = target.layer.node.op, target.layer.node.name or target.layer.output.name
             stored = writer.write(target, blocks[target.key])
             old = math.prod(target.layer.weight.shape) * np.dtype(target.layer.weight.dtype).itemsize
             before, after = before + old, after + stored
-            label = target.layer.node.name or target.layer.output.name
-            outcome.change(RULE, label, f"{target.layer.node.op}: {old:,} -> {stored:,} bytes of weight")
+            outcome.change(RULE, label, f"{op}: {old:,} -> {stored:,} bytes of weight")
             context.progress(done, len(targets))
         if self.tables:
             quantize_stored_weights(model, lambda node: node.op != "Gather" or matches(node, self.exclude), outcome)

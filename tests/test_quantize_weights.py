@@ -201,3 +201,13 @@ def test_weaker_is_eight_bits():
     weaker = QuantizeWeights(block_size=64).weaker()
     assert weaker is not None
     assert (weaker.bits, weaker.block_size, weaker.weaker()) == (8, 64, None)
+
+
+def test_nodes_without_names():
+    proto = products(opset=21)
+    for node in proto.graph.node:
+        node.ClearField("name")
+    for kind in ("matmul-nbits", "dequantize"):
+        model, outcome = quantize(proto, feeds(), bits=8, format=kind)
+        assert {change.node for change in outcome.changes} == {"a", "g", "y"}
+        assert error(proto, model, feeds(seed=2)) < 1e-3
