@@ -38,6 +38,7 @@ _MOVING = (
 # What hands numbers near the ends of float32 on, instead of bringing them back into the range of float16.
 _SPREADS_LARGE = (*_MOVING, "Abs", "Add", "Cast", "Clip", "Max", "Min", "Mul", "Neg", "Relu", "Sub", "Where")
 _SPREADS_SMALL = (*_MOVING, "Abs", "Add", "Cast", "Clip", "Max", "Pow", "Reciprocal", "Sqrt", "Sub")
+_FLAGS = {"Loop": 1}  # results of a body that come before those of the node
 _CONTAINERS = ("Sequence", "Optional", "SplitToSequence", "ConcatFromSequence")
 
 
@@ -98,17 +99,33 @@ class _Search:
         self.fitting: dict[int, bool] = {}
 
     def search(self, model: Model) -> dict[int, tuple[gs.Node, str]]:
-        excluded: set[int] = set()
-        for graph in main_graphs(model):
-            for node in graph.nodes:
-                bodies = list(subgraphs(node))
-                if id(graph) in excluded or matches(node, self.exclude):
-                    excluded |= {id(body) for body in bodies}
-                    if not bodies:
-                        self._keep(node, "it is excluded")
-                seen = self.observed if graph is model.graph else {}
-                self._visit(node, seen)
+        self._walk(model.graph, self.observed, excluded=False)
         return self.found
+
+    def _walk(self, graph: gs.Graph, observed: Mapping[str, str], *, excluded: bool) -> None:
+        """Visit the nodes of a graph in order, and of each its bodies before itself."""
+        for node in graph.nodes:
+            kept = excluded or matches(node, self.exclude)
+            bodies = list(subgraphs(node))
+            if kept and not bodies:
+                self._keep(node, "it is excluded")
+            for body in bodies:
+                self._hand_on(node.inputs, body.inputs)
+                self._walk(body, {}, excluded=kept)
+                if self._hand_on(*_carried(node, body)):
+                    self._walk(body, {}, excluded=kept)  # what a first iteration left behind reaches the next ones
+                self._hand_on(body.outputs[_FLAGS.get(node.op, 0) :], node.outputs)
+            self._visit(node, observed)
+
+    def _hand_on(self, sources: Iterable[gs.Tensor], targets: Iterable[gs.Tensor]) -> bool:
+        """Mark what holds the same numbers as marked tensors; return whether that marked anything new."""
+        pairs = [(id(source), id(target)) for source, target in zip(sources, targets, strict=False)]
+        new = False
+        for marked in (self.large, self.small):
+            reached = {target for source, target in pairs if source in marked} - marked
+            marked |= reached
+            new = new or bool(reached)
+        return new
 
     def _keep(self, node: gs.Node, reason: str) -> None:
         self.found.setdefault(id(node), (node, reason))
@@ -170,6 +187,14 @@ class _Search:
             node.op in ops or node.op in ("Constant", "ConstantOfShape")
         ):
             marked |= {id(tensor) for tensor in node.outputs if self._is_float(tensor)}
+
+
+def _carried(node: gs.Node, body: gs.Graph) -> tuple[list[gs.Tensor], list[gs.Tensor]]:
+    """The results of a Loop's or Scan's body that are inputs of its next iteration, and those inputs."""
+    if node.op == "Loop":
+        return body.outputs[1:], body.inputs[2:]
+    count = len(body.inputs) - int(node.attrs["num_scan_inputs"]) if node.op == "Scan" else 0
+    return body.outputs[:count], body.inputs[:count]
 
 
 def _extreme(entry: Observed) -> str | None:
