@@ -8,6 +8,7 @@ al. 2023, here with a codebook in place of a linear grid).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,25 +183,44 @@ class Feedback:
             codebook: ascending centres.
             scale: broadcastable to ``matrices``; positive.
         """
-        groups, _, width = matrices.shape
-        order, upper = self.order[:, None, :], self.upper
-        work = np.take_along_axis(matrices, order, axis=2)
-        scales = np.take_along_axis(np.broadcast_to(scale, matrices.shape), order, axis=2)
-        indices = np.empty(work.shape, np.uint8)
+        scales = self.ordered(np.broadcast_to(scale, matrices.shape))
+        indices = np.empty(matrices.shape, np.uint8)
+
+        def rounded(column: FloatArray, k: int) -> FloatArray:
+            indices[:, :, k] = nearest(column / scales[:, :, k], codebook)
+            return codebook[indices[:, :, k]] * scales[:, :, k]
+
+        self.fix(matrices, rounded)
+        return self.restored(indices)
+
+    def ordered(self, values: Array) -> Array:
+        """Columns of ``[G, O, K]`` in the order in which they are fixed."""
+        return np.take_along_axis(values, self.order[:, None, :], axis=2)
+
+    def restored(self, values: Array) -> Array:
+        """The inverse of `ordered`."""
+        back = np.empty_like(values)
+        np.put_along_axis(back, np.broadcast_to(self.order[:, None, :], values.shape), values, axis=2)
+        return back
+
+    def fix(self, matrices: FloatArray, rounded: Callable[[FloatArray, int], FloatArray]) -> None:
+        """Fix the columns of ``matrices`` ``[G, O, K]`` one after another.
+
+        Args:
+            matrices: what is to be rounded.
+            rounded: gives the values that are to stand for a column ``[G, O]``, the ``k``-th in the order of `ordered`.
+        """
+        work, upper = self.ordered(matrices), self.upper
         block = 128
-        for begin in range(0, width, block):
-            end = min(begin + block, width)
-            losses = np.zeros((groups, work.shape[1], end - begin))
+        for begin in range(0, work.shape[2], block):
+            end = min(begin + block, work.shape[2])
+            losses = np.zeros((*work.shape[:2], end - begin))
             for k in range(begin, end):
                 column = work[:, :, k]
-                indices[:, :, k] = nearest(column / scales[:, :, k], codebook)
-                loss = (column - codebook[indices[:, :, k]] * scales[:, :, k]) / upper[:, k, k][:, None]
+                loss = (column - rounded(column, k)) / upper[:, k, k][:, None]
                 work[:, :, k + 1 : end] -= loss[:, :, None] * upper[:, None, k, k + 1 : end]
                 losses[:, :, k - begin] = loss
             work[:, :, end:] -= losses @ upper[:, begin:end, end:]
-        back = np.empty_like(indices)
-        np.put_along_axis(back, np.broadcast_to(order, indices.shape), indices, axis=2)
-        return back
 
 
 def _inverse_factor(metric: FloatArray, ridge: float) -> FloatArray:

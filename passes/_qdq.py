@@ -25,7 +25,17 @@ from onnxslim.passes._runtimes import RUNTIMES, Runtime
 if TYPE_CHECKING:
     from onnxslim.model import Model
 
-__all__ = ["LEVELS", "Code", "Emitter", "TensorCode", "chain_code", "code_of_range", "quantize_weight"]
+__all__ = [
+    "LEVELS",
+    "Code",
+    "Emitter",
+    "TensorCode",
+    "WeightCodes",
+    "absorb_gemm_factors",
+    "chain_code",
+    "code_of_range",
+    "quantize_weight",
+]
 
 FloatArray = NDArray[np.float64]
 LEVELS = 255
@@ -49,6 +59,14 @@ class TensorCode:
 
     write: Code
     read: Code
+
+
+@dataclass(frozen=True)
+class WeightCodes:
+    """A weight as int8 codes in its own layout, and their scales: ``[channels]``, or a scalar."""
+
+    codes: NDArray[np.int8]
+    scale: NDArray[np.float32]
 
 
 def code_of_range(low: float, high: float, *, symmetric: bool = False) -> TensorCode:
@@ -83,8 +101,8 @@ _DEAD = 1e-30
 
 def quantize_weight(
     weight: NDArray[np.float32], axis: int | None, *, pairs: bool = False, floor: FloatArray | float = 0.0
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Symmetric int8 codes of a weight, and their scales: ``[channels]`` along ``axis``, or a scalar when it is None.
+) -> WeightCodes:
+    """Symmetric int8 codes of a weight, with a scale for each channel along ``axis``, or one when it is None.
 
     ``pairs`` keeps the sum of any two codes of one channel and sign at 128 at most, so that kernels which add two
     products in 16 bits are exact in whatever order they take them. ``floor`` bounds the scales from below: an all but
@@ -101,14 +119,18 @@ def quantize_weight(
     scale = np.maximum(scale, floor if axis is not None else np.max(floor)).astype(np.float32)
     if axis is None:
         scale = scale.reshape(())
-    shaped = scale if axis is None else scale.reshape([-1 if index == axis else 1 for index in range(weight.ndim)])
-    return np.clip(np.rint(weight / shaped), -CODE_LIMIT, CODE_LIMIT).astype(np.int8), scale
+    shaped = _along(scale, axis, weight.ndim)
+    return WeightCodes(np.clip(np.rint(weight / shaped), -CODE_LIMIT, CODE_LIMIT).astype(np.int8), scale)
 
 
-def dequantize_weight(codes: NDArray[np.int8], scale: NDArray[np.float32], axis: int | None) -> NDArray[np.float32]:
+def dequantize_weight(weight: WeightCodes, axis: int | None) -> NDArray[np.float32]:
     """The weight that codes from :func:`quantize_weight` stand for."""
-    shape = [-1 if index == axis else 1 for index in range(codes.ndim)]
-    return np.asarray(codes * (scale if axis is None else scale.reshape(shape)), np.float32)
+    return np.asarray(weight.codes * _along(weight.scale, axis, weight.codes.ndim), np.float32)
+
+
+def _along(values: np.ndarray, axis: int | None, rank: int) -> np.ndarray:
+    """One value for each channel, shaped to broadcast to a weight; a scalar as it is."""
+    return values if axis is None else values.reshape([-1 if index == axis else 1 for index in range(rank)])
 
 
 @dataclass
@@ -118,6 +140,7 @@ class Emitter:
     Attributes:
         codes: by tensor name, for all that the placement carries or feeds.
         corrections: what to add to the bias of an anchor, by its name.
+        rounded: codes for the weight of an anchor, by its name, where they are not each weight rounded by itself.
         reduce_range: whether weight codes must be such that products can be added in 16 bits.
         runtime: for which it is written.
         probes: when not None, mean corrections are measured inside the graph: see :mod:`onnxslim.passes._correction`.
@@ -127,6 +150,7 @@ class Emitter:
     placement: Placement
     codes: dict[str, TensorCode]
     corrections: dict[str, FloatArray] = field(default_factory=dict)
+    rounded: dict[str, WeightCodes] = field(default_factory=dict)
     reduce_range: bool = False
     runtime: Runtime = RUNTIMES["onnxruntime"]
     probes: dict[str, tuple[str, str]] | None = None
@@ -137,7 +161,9 @@ class Emitter:
         self._fed: dict[str, gs.Variable] = {}
         self._scalars: dict[tuple[str, float], gs.Constant] = {}
         self._zeros: dict[tuple[int, ...], gs.Constant] = {}
-        self._weights: dict[tuple[int, int | None, bytes], tuple[gs.Tensor, gs.Constant]] = {}
+        self._weights: dict[tuple[int, int | None, bytes, int], tuple[gs.Tensor, gs.Constant]] = {}
+        # A node reads something else once it is rewritten.
+        self._inputs = {name: anchor.node.inputs[0].name for name, anchor in self.placement.anchors.items()}
 
     def emit(self) -> None:
         """Rewrite the main graph of the model."""
@@ -169,19 +195,13 @@ class Emitter:
 
     def _emit_anchor(self, anchor: Anchor) -> None:
         node = anchor.node
-        data = node.inputs[0].name
         node.inputs[0] = self._read(node.inputs[0])
-        if node.op == "Gemm":
-            _absorb_gemm_factors(self.model, node)
-        bias = _bias_value(node, int(node.inputs[1].shape[weight_axis(node)]))
-        if anchor.name in self.corrections:
-            bias = (0.0 if bias is None else bias) + self.corrections[anchor.name]
-        step = self.codes[data].read.scale
-        floor = 0.0 if bias is None else np.abs(bias) / (step * _BIAS_LIMIT)
-        weight, scale = self._weight(node.inputs[1], anchor, floor)
-        node.inputs[1] = weight
+        bias = self._bias_value(anchor)
+        coded = self.weight_codes(anchor)
+        node.inputs[1] = self._weight(node.inputs[1], anchor, coded)
         if bias is not None:
-            variable = self._bias(bias, np.asarray(scale * step, np.float64))
+            step = self.codes[self._inputs[anchor.name]].read.scale
+            variable = self._bias(bias, np.asarray(coded.scale * step, np.float64))
             if len(node.inputs) > 2:
                 node.inputs[2] = variable
             else:
@@ -279,15 +299,40 @@ class Emitter:
             self._scalars[key] = gs.Constant(self.model.fresh_name(f"{kind}{len(self._scalars)}"), np.asarray(value))
         return self._scalars[key]
 
-    def _weight(self, weight: gs.Constant, anchor: Anchor, floor: FloatArray | float) -> tuple[gs.Tensor, np.ndarray]:
-        """The dequantized weight and its scales, at least ``floor``; stored once for all nodes that share both."""
-        values, axis = np.asarray(weight.values, np.float32), anchor.axis
-        pairs = self.reduce_range and not _depthwise(anchor.node)
-        codes, scale = quantize_weight(values, axis, pairs=pairs, floor=floor)
-        key = (id(weight), axis, scale.tobytes())
+    def adds_in_pairs(self, anchor: Anchor) -> bool:
+        """Whether kernels may add two products of the anchor in 16 bits."""
+        return self.reduce_range and not _depthwise(anchor.node)
+
+    def weight_codes(self, anchor: Anchor) -> WeightCodes:
+        """The codes of an anchor's weight: as they were chosen, and rounded where a channel has another scale now."""
+        weight, bias = anchor.node.inputs[1], self._bias_value(anchor)
+        step = self.codes[self._inputs[anchor.name]].read.scale
+        floor = 0.0 if bias is None else np.abs(bias) / (step * _BIAS_LIMIT)
+        values = np.asarray(weight.values, np.float32)
+        plain = quantize_weight(values, anchor.axis, pairs=self.adds_in_pairs(anchor), floor=floor)
+        chosen = self.rounded.get(anchor.name)
+        if chosen is None:
+            return plain
+        same = _along(np.asarray(chosen.scale == plain.scale), anchor.axis, values.ndim)
+        return WeightCodes(np.where(same, chosen.codes, plain.codes), plain.scale)
+
+    def _bias_value(self, anchor: Anchor) -> FloatArray | None:
+        """What an anchor adds to its channels, corrected; None for nothing."""
+        node = anchor.node
+        correction = self.corrections.get(anchor.name)
+        if len(node.inputs) < 3 or node.inputs[2].is_empty():
+            return correction
+        bias = np.asarray(node.inputs[2].values, np.float64).reshape(-1)
+        bias = np.broadcast_to(bias, (int(node.inputs[1].shape[weight_axis(node)]),))
+        return bias if correction is None else bias + correction
+
+    def _weight(self, weight: gs.Constant, anchor: Anchor, coded: WeightCodes) -> gs.Tensor:
+        """The dequantized weight, stored once for all nodes that share it and its codes."""
+        axis, codes, scale = anchor.axis, coded.codes, coded.scale
+        key = (id(weight), axis, scale.tobytes(), hash(codes.tobytes()))
         if self.probes is not None and key not in self._weights:
             # What is constant is laid out for ONNX Runtime's float kernels when the probed model loads.
-            rounded = dequantize_weight(codes, scale, axis)
+            rounded = dequantize_weight(coded, axis)
             self._weights[key] = (gs.Constant(self.model.fresh_name(f"{weight.name}_r"), rounded), weight)
         elif key not in self._weights:
             result = self._variable("w", np.float32)
@@ -299,7 +344,7 @@ class Emitter:
             attributes = {} if axis is None else {"axis": axis}
             self._nodes.append(gs.Node("DequantizeLinear", result.name, attributes, inputs=inputs, outputs=[result]))
             self._weights[key] = (result, weight)
-        return self._weights[key][0], scale
+        return self._weights[key][0]
 
     def _weight_zero(self, shape: tuple[int, ...]) -> gs.Constant:
         if shape not in self._zeros:
@@ -337,13 +382,7 @@ def _depthwise(node: gs.Node) -> bool:
     return bool(node.op == "Conv" and inside == 1 and node.attrs.get("group", 1) == channels)
 
 
-def _bias_value(node: gs.Node, channels: int) -> FloatArray | None:
-    if len(node.inputs) < 3 or node.inputs[2].is_empty():
-        return None
-    return np.broadcast_to(np.asarray(node.inputs[2].values, np.float64).reshape(-1), (channels,))
-
-
-def _absorb_gemm_factors(model: Model, node: gs.Node) -> None:
+def absorb_gemm_factors(model: Model, node: gs.Node) -> None:
     """Multiply ``alpha`` and ``beta`` of a Gemm into its weight and bias, which QGemm adds as they are."""
     for index, name in ((1, "alpha"), (2, "beta")):
         factor = float(node.attrs.pop(name, 1.0))

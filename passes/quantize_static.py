@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -22,7 +23,17 @@ from onnxslim.passes._calibration import Method, Observed, choose_range, draw_st
 from onnxslim.passes._correction import Judge, corrections
 from onnxslim.passes._opset import raise_opset
 from onnxslim.passes._placement import ANCHORS, Anchor, Placement, anchor_obstacle, matches, weight_axis
-from onnxslim.passes._qdq import LEVELS, Emitter, FloatArray, TensorCode, chain_code, code_of_range
+from onnxslim.passes._qdq import (
+    LEVELS,
+    Emitter,
+    FloatArray,
+    TensorCode,
+    WeightCodes,
+    absorb_gemm_factors,
+    chain_code,
+    code_of_range,
+)
+from onnxslim.passes._rounding import reconstruct
 from onnxslim.passes._runtimes import RUNTIMES, RuntimeName
 from onnxslim.passes._saturation import kernels_saturate
 from onnxslim.passes._weight_only import quantize_stored_weights
@@ -33,9 +44,6 @@ if TYPE_CHECKING:
     from onnxslim.model import Model
 
 __all__ = ["QuantizeStatic"]
-
-Corrections = dict[str, FloatArray]
-"""What to add to the bias of each anchor, ``[channels]``, by its name."""
 
 _OPSET = 13  # the first with per-channel DequantizeLinear
 _BROADCAST_OPSET = 7  # the first in which Mul broadcasts as stored weights need it
@@ -80,6 +88,7 @@ class QuantizeStatic(Pass):
         "auto",
         description="weights that x86 processors without VNNI multiply exactly, some 7 bits wide; auto: on those",
     )
+    reconstruct: bool = Field(True, description="round weights for what each layer gives, not each by itself")
     bias_correction: bool = Field(True, description="let biases take back the mean shift of rounding")
     weight_only: bool = Field(True, description="store the weights that have no integer kernel in int8 as well")
     exclude: tuple[str, ...] = Field((), description="nodes kept in float: shell patterns of names or ops")
@@ -128,6 +137,20 @@ class QuantizeStatic(Pass):
 
 
 @dataclass
+class _Plan:
+    """What is written: codes by tensor, codes of weights and corrections of biases by anchor, and the error of it all.
+
+    Attributes:
+        error: noise over signal of the model's output on held-back samples; not known before it was measured.
+    """
+
+    codes: dict[str, TensorCode]
+    rounded: dict[str, WeightCodes] = field(default_factory=dict)
+    corrections: dict[str, FloatArray] = field(default_factory=dict)
+    error: float = math.inf
+
+
+@dataclass
 class _Run:
     """One run of the pass over one model, from observation to emission."""
 
@@ -137,7 +160,6 @@ class _Run:
     context: Context
     outcome: Outcome
     observed: dict[str, Observed] = field(default_factory=dict)
-    codes: dict[str, TensorCode] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
 
     def run(self) -> None:
@@ -147,6 +169,9 @@ class _Run:
         if not anchors:
             self._refuse(self.model, reasons)
             return
+        for anchor in anchors.values():
+            if anchor.node.op == "Gemm":
+                absorb_gemm_factors(self.model, anchor.node)
         try:
             batch = self._observe(anchors, shapes)
         except ModelError as error:
@@ -159,15 +184,15 @@ class _Run:
         self._refuse(self.model, reasons)
         if not placement.anchors:
             return
-        found = self._choose(placement, batch)
+        plan = self._choose(placement, self._split(batch))
         macs, quantized = self._macs(anchors), self._macs(placement.anchors)
-        self._note(placement)
-        self._emitter(self.model, placement, self.codes, found).emit()
+        self._note(placement, plan)
+        self._emitter(self.model, placement, plan).emit()
         self.outcome.numbers |= {
             "nodes quantized": float(len(placement.anchors)),
             "share of MACs quantized (estimate)": quantized / macs if macs else 0.0,
             "tensors in int8": float(len(placement.carried | placement.fed)),
-            "ranges clipped": float(self._clipped(placement)),
+            "ranges clipped": float(self._clipped(placement, plan)),
             "calibration samples": float(self.data.samples),
         }
 
@@ -261,32 +286,47 @@ class _Run:
 
     # -------------------------------------------------------------------------------------------------- calibration
 
-    def _choose(self, placement: Placement, batch: int) -> Corrections:
-        """Settle all codes and return bias corrections: those with the least output error on held-back samples."""
+    def _choose(self, placement: Placement, split: _Split) -> _Plan:
+        """The plan with the least output error on held-back samples."""
         options = self.options
         methods: tuple[Method, ...] = ("mse", "percentile") if options.calibration == "auto" else (options.calibration,)
-        split = self._split(batch)
-        self.codes = self._codes(placement, methods[0])
-        if len(methods) == 1 and not options.bias_correction:
-            return {}
+        plans = {method: _Plan(self._codes(placement, method)) for method in methods}
+        if len(methods) == 1 and not (options.bias_correction or options.reconstruct):
+            return plans[methods[0]]
         judge = self._judge(split.held())
-        choices = {method: self._codes(placement, method) for method in methods}
-        errors = {method: judge.error(self._emitted(codes, {})) for method, codes in choices.items()}
+        if options.reconstruct and split.honest:
+            emitter = self._emitter(self.model, placement, plans[methods[0]])
+            rounded = reconstruct(emitter, split.fit(), centred=options.bias_correction, seed=self.context.seed)
+            for plan in plans.values():
+                plan.rounded = rounded
+        for plan in plans.values():
+            plan.error = judge.error(self._emitted(plan))
         self.context.progress(75, 100)
         # Corrections may turn the order of two methods round, but not where one is far worse.
-        near = [method for method in methods if errors[method] <= _NEAR * min(errors.values())]
-        trials = {method: self._correct(judge, split, choices[method], errors[method]) for method in near}
-        method = min(near, key=lambda method: trials[method][0])
-        self.codes, (error, found) = choices[method], trials[method]
-        self.outcome.numbers["output error on held-back samples"] = error
+        least = min(plan.error for plan in plans.values())
+        near = {method: plan for method, plan in plans.items() if plan.error <= _NEAR * least}
+        corrected = {method: self._corrected(judge, split, plan) for method, plan in near.items()}
+        method = min(corrected, key=lambda method: corrected[method].error)
+        best = self._unless_nearest(judge, split, corrected[method])
+        self.outcome.numbers["output error on held-back samples"] = best.error
         if len(methods) > 1:
             self.outcome.change("calibration", "model", f"ranges by {method}, which has the least output error")
-        if options.bias_correction and not found:
-            why = (
-                "it does not lower the output error on held-back samples" if split.honest else "there is one feed only"
-            )
-            self.outcome.refuse("bias correction", "model", why)
-        return found
+        why = "it does not lower the output error on held-back samples" if split.honest else "there is one feed only"
+        for wanted, found, rule in (
+            (options.bias_correction, best.corrections, "bias correction"),
+            (options.reconstruct, best.rounded, "reconstruction of weights"),
+        ):
+            if wanted and not found:
+                self.outcome.refuse(rule, "model", why)
+        return best
+
+    def _unless_nearest(self, judge: Judge, split: _Split, plan: _Plan) -> _Plan:
+        """The plan, or the same with each weight rounded by itself where that is better."""
+        if not plan.rounded:
+            return plan
+        nearest = _Plan(plan.codes)
+        nearest.error = judge.error(self._emitted(nearest))
+        return min(self._corrected(judge, split, nearest), plan, key=lambda plan: plan.error)
 
     def _codes(self, placement: Placement, method: Method) -> dict[str, TensorCode]:
         """Choose the code of every tensor that carries one."""
@@ -310,12 +350,13 @@ class _Run:
 
     # --------------------------------------------------------------------------------------------------- correction
 
-    def _emitter(self, model: Model, placement: Placement, codes: dict[str, TensorCode], found: Corrections) -> Emitter:
-        return Emitter(model, placement, codes, found, self._reduced, RUNTIMES[self.options.runtime])
+    def _emitter(self, model: Model, placement: Placement, plan: _Plan) -> Emitter:
+        runtime = RUNTIMES[self.options.runtime]
+        return Emitter(model, placement, plan.codes, plan.corrections, plan.rounded, self._reduced, runtime)
 
-    def _emitted(self, codes: dict[str, TensorCode], found: Corrections) -> Model:
+    def _emitted(self, plan: _Plan) -> Model:
         result = self.model.copy()
-        self._emitter(result, self._place(result), codes, found).emit()
+        self._emitter(result, self._place(result), plan).emit()
         drop_value_info(result)
         return result
 
@@ -332,21 +373,20 @@ class _Run:
         fit = max(1, int(feeds * _FIT_SHARE))
         return _Split(self.data, batch, fit, feeds)
 
-    def _correct(
-        self, judge: Judge, split: _Split, codes: dict[str, TensorCode], error: float
-    ) -> tuple[float, Corrections]:
-        """The least output error on held-back samples, ``error`` without, and the corrections that gave it, if any."""
+    def _corrected(self, judge: Judge, split: _Split, plan: _Plan) -> _Plan:
+        """The plan with corrected biases; as it is where they do not lower its error."""
         corrected_ops = {anchor.node.op for anchor in self._place(self.model).anchors.values()} & {"Conv", "Gemm"}
         if not (self.options.bias_correction and split.honest and corrected_ops):
-            return error, {}
+            return plan
         probed, watched = self.model.copy(), self.model.copy()
-        emitter = self._emitter(probed, self._place(probed), codes, {})
+        emitter = self._emitter(probed, self._place(probed), plan)
         emitter.probes = {}
         emitter.emit()
         drop_value_info(probed)
         found = corrections(watched, self._place(watched), probed, emitter.probes, split.fit())
-        corrected = judge.error(self._emitted(codes, found))
-        return (corrected, found) if corrected < error else (error, {})
+        trial = replace(plan, corrections=found)
+        trial.error = judge.error(self._emitted(trial))
+        return min(plan, trial, key=lambda plan: plan.error)
 
     def _worst(self, placement: Placement, split: _Split) -> tuple[str, ...]:
         """The layers that raise the output error most when each is quantized alone, as many as are to stay float."""
@@ -361,24 +401,24 @@ class _Run:
             alone = self.model.copy()
             self.kept = tuple(other for other in placement.anchors if other != name)
             single = self._place(alone)
-            self._emitter(alone, single, self._codes(single, "percentile"), {}).emit()
+            self._emitter(alone, single, _Plan(self._codes(single, "percentile"))).emit()
             drop_value_info(alone)
             errors[name] = judge.error(alone)
         return tuple(sorted(errors, key=lambda name: -errors[name])[: self.options.keep_float])
 
-    def _clipped(self, placement: Placement) -> int:
+    def _clipped(self, placement: Placement, plan: _Plan) -> int:
         """How many tensors have values outside of their code."""
         count = 0
         for name in _own(placement):
-            code, entry = self.codes[name].read, self.observed[name]
+            code, entry = plan.codes[name].read, self.observed[name]
             low, high = code.scale * (-0.5 - code.zero), code.scale * (LEVELS + 0.5 - code.zero)
             count += entry.low < low or entry.high > high
         return count
 
-    def _note(self, placement: Placement) -> None:
+    def _note(self, placement: Placement, plan: _Plan) -> None:
         for name, anchor in placement.anchors.items():
             node = anchor.node
-            code = self.codes[node.inputs[0].name].read
+            code = plan.codes[node.inputs[0].name].read
             channels = node.inputs[1].shape[weight_axis(node)]
             scales = f"{channels} weight scales" if anchor.axis is not None else "one weight scale"
             what = f"{node.op} in int8: input step {code.scale:.4g}, zero {code.zero}, {scales}"

@@ -1,0 +1,194 @@
+"""Rounding weights for what a layer gives, not each weight by itself.
+
+The error of a layer's output is the sum of ``e H e^T`` over the rows ``e`` of the error of its weight, with ``H`` the
+second moment of its inputs. Codes are fixed one column after another, and what each loses is put on those after it
+(GPTQ, Frantar et al. 2023); then single codes are moved as long as that lowers the error (coordinate descent). Where a
+bias takes the mean error back, ``H`` is the covariance. What layers that take differences of large inputs give, as
+depthwise ones near the input do, hangs on this more than on the number of bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxslim.passes._codebook import Feedback
+from onnxslim.passes._placement import Anchor, weight_axis
+from onnxslim.passes._qdq import CODE_LIMIT, MIDDLE, Emitter, WeightCodes
+from onnxslim.passes._statistics import LinearLayer, Moments, input_moments, linear_layer
+
+__all__ = ["reconstruct", "round_rows"]
+
+Array = NDArray[Any]
+FloatArray = NDArray[np.float64]
+
+_MOST_INPUTS = 4608  # of a layer: its moments take 170 MB
+_MOMENT_BYTES = 256 << 20  # of moments that are held at a time
+_DAMPING = 1e-3  # of the mean energy of the inputs
+_SWEEPS = 3
+
+
+def reconstruct(
+    emitter: Emitter, feeds: Iterable[dict[str, np.ndarray]], *, centred: bool, seed: int = 0
+) -> dict[str, WeightCodes]:
+    """Return codes for the weights of all anchors of a placement, by name, with the scales that they would have anyway.
+
+    Args:
+        emitter: not used up: its model is run in float.
+        feeds: what to run, streamed; several times where moments take much memory.
+        centred: whether biases take back the mean error of what has them.
+        seed: of the rows that are drawn from feature maps.
+    """
+    layers = {}
+    for name, anchor in emitter.placement.anchors.items():
+        layer = linear_layer(anchor.node)
+        if layer is not None and layer.shape[2] <= _MOST_INPUTS:
+            layers[name] = layer
+    found: dict[str, WeightCodes] = {}
+    for part in _parts(layers):
+        moments = input_moments(emitter.model, [layers[name].node for name in part], feeds, seed=seed)
+        shared: dict[int, Moments] = {}
+        for name in part:
+            key, seen = id(layers[name].weight), moments[id(layers[name].node)]
+            shared[key] = shared[key].merged(seen) if key in shared else seen
+        first: dict[int, WeightCodes] = {}  # a weight is stored once, whoever reads it
+        for name in part:
+            key = id(layers[name].weight)
+            if key not in first and shared[key].count > 1:
+                anchor = emitter.placement.anchors[name]
+                first[key] = _rounded(emitter, anchor, layers[name], shared[key], centred=centred)
+            if key in first:
+                found[name] = first[key]
+    return found
+
+
+def _parts(layers: dict[str, LinearLayer]) -> list[list[str]]:
+    """The layers in parts whose moments fit into memory together; those that share a weight in one."""
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(id(layer.weight), []).append(name)
+    parts: list[list[str]] = [[]]
+    size = 0
+    for names in groups.values():
+        blocks, _, inputs = layers[names[0]].shape
+        size += 8 * blocks * inputs**2 * len(names)
+        if size > _MOMENT_BYTES and parts[-1]:
+            parts.append([])
+            size = 8 * blocks * inputs**2 * len(names)
+        parts[-1] += names
+    return parts
+
+
+def _rounded(emitter: Emitter, anchor: Anchor, layer: LinearLayer, seen: Moments, *, centred: bool) -> WeightCodes:
+    plain = emitter.weight_codes(anchor)
+    metric = seen.covariance if centred and layer.node.op != "MatMul" else seen.second
+    # The input is rounded as well: noise of a variance of step ** 2 / 12 in each of its elements.
+    step = emitter.codes[layer.data.name].read.scale
+    metric = metric + step**2 / 12 * np.eye(metric.shape[-1])
+    if not np.isfinite(metric).all():
+        return plain
+    groups, outputs, _ = layer.shape
+    scale = np.broadcast_to(plain.scale.astype(np.float64), groups * outputs).reshape(groups, outputs, 1)
+    codes = round_rows(
+        _as_rows(layer.weight.values, layer).astype(np.float64),
+        _as_rows(plain.codes, layer),
+        scale,
+        metric,
+        pairs=emitter.adds_in_pairs(anchor),
+    )
+    if not layer.spatial:
+        codes = codes[0] if weight_axis(layer.node) == 0 else codes[0].T
+    return WeightCodes(np.ascontiguousarray(codes.reshape(plain.codes.shape)), plain.scale)
+
+
+def _as_rows(values: Array, layer: LinearLayer) -> Array:
+    """A weight in its own layout as ``[G, O, K]``."""
+    values = np.asarray(values)
+    if layer.spatial:
+        return values.reshape(layer.shape)
+    return (values if weight_axis(layer.node) == 0 else values.T)[None]
+
+
+def round_rows(
+    rows: FloatArray, codes: NDArray[np.int8], scale: FloatArray, metric: FloatArray, *, pairs: bool
+) -> NDArray[np.int8]:
+    """Choose codes that lower the sum of ``e metric e^T`` over all rows ``e`` of ``scale * codes - rows``.
+
+    Args:
+        rows: the weight, ``[G, O, K]``.
+        codes: ``rows`` rounded one by one.
+        scale: positive, ``[G, O, 1]``.
+        metric: what an error in the inputs' directions costs, ``[G, K, K]``.
+        pairs: keep the sum of any two codes of one row and sign at 128 at most, as ``codes`` do.
+    """
+    low, high = -_limit(-codes.astype(np.int64), pairs=pairs), _limit(codes.astype(np.int64), pairs=pairs)
+    energy = np.einsum("gkk->g", metric)[:, None, None] / metric.shape[1]
+    damped = metric + (_DAMPING * energy + 1e-30) * np.eye(metric.shape[1])
+    start = min(
+        (codes.astype(np.float64), _fed_back(rows, scale, damped, low, high)),
+        key=lambda tried: _loss(scale * tried - rows, damped),
+    )
+    return _descend(start, rows, scale, damped, low, high).astype(np.int8)
+
+
+def _limit(codes: NDArray[np.int64], *, pairs: bool) -> NDArray[np.int64]:
+    """The largest code that each weight may get, ``[G, O, K]``."""
+    if not pairs or codes.shape[2] == 1:
+        return np.full(codes.shape, CODE_LIMIT)
+    # The largest code of a row stays the only one above a half: others get what it leaves of the sum.
+    place = codes.argmax(axis=2, keepdims=True)
+    largest = np.maximum(np.take_along_axis(codes, place, axis=2), MIDDLE // 2)
+    limit = np.broadcast_to(MIDDLE - largest, codes.shape).copy()
+    np.put_along_axis(limit, place, largest, axis=2)
+    return limit
+
+
+def _loss(error: FloatArray, metric: FloatArray) -> float:
+    return float(np.einsum("gok,gok->", error @ metric, error))
+
+
+def _fed_back(
+    rows: FloatArray, scale: FloatArray, metric: FloatArray, low: NDArray[np.int64], high: NDArray[np.int64]
+) -> FloatArray:
+    """Codes ``[G, O, K]`` with what each column loses put on the next ones."""
+    feedback = Feedback(metric, 0.0)
+    codes = np.empty(rows.shape)
+    lows, highs = feedback.ordered(low), feedback.ordered(high)
+
+    def rounded(column: FloatArray, k: int) -> FloatArray:
+        codes[:, :, k] = np.clip(np.rint(column / scale[:, :, 0]), lows[:, :, k], highs[:, :, k])
+        return np.asarray(codes[:, :, k] * scale[:, :, 0])
+
+    feedback.fix(rows, rounded)
+    return feedback.restored(codes)
+
+
+def _descend(
+    codes: FloatArray,
+    rows: FloatArray,
+    scale: FloatArray,
+    metric: FloatArray,
+    low: NDArray[np.int64],
+    high: NDArray[np.int64],
+) -> FloatArray:
+    """Move one code after another to where the error is least, given all others."""
+    codes = codes.copy()
+    slope = (scale * codes - rows) @ metric
+    curve = np.einsum("gkk->gk", metric)
+    for _ in range(_SWEEPS):
+        moved = 0
+        for k in range(codes.shape[2]):
+            column = codes[:, :, k]
+            best = column - np.rint(slope[:, :, k] / (scale[:, :, 0] * curve[:, None, k]))
+            step = np.clip(best, low[:, :, k], high[:, :, k]) - column
+            group, row = np.nonzero(step)
+            if group.size:
+                codes[group, row, k] += step[group, row]
+                slope[group, row] += (step * scale[:, :, 0])[group, row, None] * metric[group, k]
+                moved += group.size
+        if not moved:
+            break
+    return codes
