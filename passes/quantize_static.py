@@ -294,11 +294,6 @@ class _Run:
         if len(methods) == 1 and not (options.bias_correction or options.reconstruct):
             return plans[methods[0]]
         judge = self._judge(split.held())
-        if options.reconstruct and split.honest:
-            emitter = self._emitter(self.model, placement, plans[methods[0]])
-            rounded = reconstruct(emitter, split.fit(), centred=options.bias_correction, seed=self.context.seed)
-            for plan in plans.values():
-                plan.rounded = rounded
         for plan in plans.values():
             plan.error = judge.error(self._emitted(plan))
         self.context.progress(75, 100)
@@ -307,7 +302,7 @@ class _Run:
         near = {method: plan for method, plan in plans.items() if plan.error <= _NEAR * least}
         corrected = {method: self._corrected(judge, split, plan) for method, plan in near.items()}
         method = min(corrected, key=lambda method: corrected[method].error)
-        best = self._unless_nearest(judge, split, corrected[method])
+        best = self._reconstructed(placement, judge, split, corrected[method])
         self.outcome.numbers["output error on held-back samples"] = best.error
         if len(methods) > 1:
             self.outcome.change("calibration", "model", f"ranges by {method}, which has the least output error")
@@ -320,13 +315,15 @@ class _Run:
                 self.outcome.refuse(rule, "model", why)
         return best
 
-    def _unless_nearest(self, judge: Judge, split: _Split, plan: _Plan) -> _Plan:
-        """The plan, or the same with each weight rounded by itself where that is better."""
-        if not plan.rounded:
+    def _reconstructed(self, placement: Placement, judge: Judge, split: _Split, plan: _Plan) -> _Plan:
+        """The plan with weights rounded for what layers give; as it is where that does not lower its error."""
+        if not (self.options.reconstruct and split.honest):
             return plan
-        nearest = _Plan(plan.codes)
-        nearest.error = judge.error(self._emitted(nearest))
-        return min(self._corrected(judge, split, nearest), plan, key=lambda plan: plan.error)
+        emitter = self._emitter(self.model, placement, plan)
+        centred = self.options.bias_correction
+        trial = _Plan(plan.codes, reconstruct(emitter, split.fit(), centred=centred, seed=self.context.seed))
+        trial.error = judge.error(self._emitted(trial))
+        return min(plan, self._corrected(judge, split, trial), key=lambda plan: plan.error)
 
     def _codes(self, placement: Placement, method: Method) -> dict[str, TensorCode]:
         """Choose the code of every tensor that carries one."""
