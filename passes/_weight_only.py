@@ -26,7 +26,7 @@ __all__ = ["quantize_stored_weights"]
 
 FloatArray = NDArray[np.float32]
 RULE = "weight-only int8"
-_LEAST = 1024  # elements: below, names and nodes cost more than the codes save
+_OVERHEAD = 400  # bytes of names and nodes
 _LIMIT = 127
 # The axes over which one scale is shared, by op and position of the weight; for a weight of ``rank`` axes.
 _SHARED: dict[tuple[str, int], Callable[[gs.Node, int], tuple[int, ...]]] = {
@@ -71,18 +71,15 @@ def quantize_stored_weights(model: Model, skip: Callable[[gs.Node], bool], outco
     owner = {id(c): graph for graph in _plain_graphs(model) for c in graph.__dict__.get("initializers", ())}
     for key, uses in by_weight.items():
         weight = weights[key]
-        if len(weight.shape) < 2 or int(np.prod(weight.shape)) < _LEAST or any(skip(use.node) for use in uses):
+        if len(weight.shape) < 2 or any(skip(use.node) for use in uses):
             continue
         if all(_is_lookup(use) for use in uses):
-            _quantize_table(model, weight, uses, outcome)
+            done += _quantize_table(model, weight, uses, outcome)
         elif all(_shared_axes(use, len(weight.shape)) is not None for use in uses):
             home = owner.get(key, uses[0].graph)
             if key not in owner and any(use.graph is not home for use in uses):
                 continue
-            _quantize_weight(model, home, weight, uses, outcome)
-        else:
-            continue
-        done += int(np.prod(weight.shape))
+            done += _quantize_weight(model, home, weight, uses, outcome)
     return done
 
 
@@ -125,13 +122,30 @@ def _codes(values: FloatArray, shared: tuple[int, ...]) -> tuple[NDArray[np.int8
     return np.rint(values / scale).astype(np.int8), scale
 
 
-def _quantize_weight(model: Model, home: gs.Graph, weight: gs.Constant, uses: list[_Use], outcome: Outcome) -> None:
+def _finite(weight: gs.Constant, outcome: Outcome) -> FloatArray | None:
+    """The values of a weight, if all are numbers and there are enough to gain from."""
+    if 3 * int(np.prod(weight.shape)) <= _OVERHEAD:
+        return None
     values = np.asarray(weight.values)
-    if not np.isfinite(values).all():
-        outcome.refuse(RULE, weight.name, "it holds values that are not finite")
-        return
+    if np.isfinite(values).all():
+        return values
+    outcome.refuse(RULE, weight.name, "it holds values that are not finite")
+    return None
+
+
+def _saves(codes: NDArray[np.int8], scale: FloatArray) -> bool:
+    return 3 * codes.size > scale.nbytes + _OVERHEAD
+
+
+def _quantize_weight(model: Model, home: gs.Graph, weight: gs.Constant, uses: list[_Use], outcome: Outcome) -> int:
+    """Return how many elements are in int8 now."""
+    values = _finite(weight, outcome)
+    if values is None:
+        return 0
     first = uses[0]
     codes, scale = _codes(values, _shared_axes(first, values.ndim) or ())
+    if not _saves(codes, scale):
+        return 0
     stored = gs.Constant(model.fresh_name(f"{weight.name}_q"), codes)
     scales = gs.Constant(model.fresh_name(f"{weight.name}_s"), scale)
     real = gs.Variable(model.fresh_name(f"{weight.name}_c"), np.float32, list(values.shape))
@@ -145,18 +159,20 @@ def _quantize_weight(model: Model, home: gs.Graph, weight: gs.Constant, uses: li
         use.node.inputs[use.position] = result
     ops = ", ".join(sorted({use.node.op for use in uses}))
     outcome.change(RULE, first.node.name or first.node.outputs[0].name, f"{weight.name} ({ops}) is stored in int8")
+    return values.size
 
 
-def _quantize_table(model: Model, weight: gs.Constant, uses: list[_Use], outcome: Outcome) -> None:
+def _quantize_table(model: Model, weight: gs.Constant, uses: list[_Use], outcome: Outcome) -> int:
     """Look codes up instead of rows; one scale a row or one a column, whichever is closer."""
-    values = np.asarray(weight.values)
-    if not np.isfinite(values).all():
-        outcome.refuse(RULE, weight.name, "it holds values that are not finite")
-        return
+    values = _finite(weight, outcome)
+    if values is None:
+        return 0
     trials = [_codes(values, shared) for shared in ((1,), (0,))]
     errors = [float(np.square(codes * scale - values).sum()) for codes, scale in trials]
     by_row = errors[0] <= errors[1]
     codes, scale = trials[0] if by_row else trials[1]
+    if not _saves(codes, scale):
+        return 0
     stored = gs.Constant(model.fresh_name(f"{weight.name}_q"), codes)
     scales = gs.Constant(model.fresh_name(f"{weight.name}_s"), scale if by_row else scale.reshape(-1))
     for use in uses:
@@ -178,3 +194,4 @@ def _quantize_table(model: Model, weight: gs.Constant, uses: list[_Use], outcome
         use.graph.nodes = [*use.graph.nodes[: position + 1], *added, *use.graph.nodes[position + 1 :]]
     kind = "row" if by_row else "column"
     outcome.change(RULE, uses[0].node.name or weight.name, f"{weight.name} is looked up in int8, one scale a {kind}")
+    return values.size
