@@ -29,6 +29,7 @@ FloatArray = NDArray[np.float64]
 Feed = dict[str, np.ndarray]
 
 _ANSWER_BYTES = 64 << 20  # of feeds and outputs kept to judge by
+_LEAST_PROBABILITY = 1e-6  # below this no decision hangs on it
 
 
 def corrections(
@@ -68,10 +69,13 @@ class Judge:
 
     Attributes:
         answers: each feed with the float outputs; elements that are not finite are no measure.
+        axes: the outputs that are probabilities, and the axis along which they sum to one. They are compared as
+            logits: between probabilities, a few rows in which the order of two classes changes are all the error.
         fused: whether int8 kernels run, or what they stand for in float: on this processor they may saturate.
     """
 
     answers: list[tuple[Feed, Feed]]
+    axes: dict[str, int]
     fused: bool = True
 
     @classmethod
@@ -86,23 +90,51 @@ class Judge:
             left -= sum(value.nbytes for one in answers[-1] for value in one.values())
             if left <= 0:
                 break
-        return cls(answers, fused)
+        axes = {name: axis for name in answers[0][1] if (axis := _probability_axis([one[name] for _, one in answers]))}
+        return cls(answers, axes, fused)
+
+    def strictest(self, count: int, student: Model) -> Judge:
+        """A judge by those ``count`` feeds only on which ``student`` is worst."""
+        session = Session(student, optimize=self.fused)
+        alone = [Judge([answer], self.axes, self.fused) for answer in self.answers]
+        order = sorted(alone, key=lambda judge: -judge._error(session))
+        return Judge([judge.answers[0] for judge in order[:count]], self.axes, self.fused)
 
     def error(self, student: Model) -> float:
         """Noise over signal of the float outputs, summed over feeds and averaged over outputs."""
-        session = Session(student, optimize=self.fused)
+        return self._error(Session(student, optimize=self.fused))
+
+    def _error(self, session: Session) -> float:
         noise: dict[str, float] = {}
         signal: dict[str, float] = {}
         for feed, answer in self.answers:
             got = session.run(feed)
             for name, value in answer.items():
                 if got[name].shape == value.shape:
-                    finite = np.isfinite(value)
-                    true = np.asarray(value[finite], np.float64)
-                    noise[name] = noise.get(name, 0.0) + float(np.square(got[name][finite] - true).sum())
-                    signal[name] = signal.get(name, 0.0) + float(np.square(true).sum())
+                    true, found = (self._seen(name, one) for one in (value, got[name]))
+                    finite = np.isfinite(true)
+                    noise[name] = noise.get(name, 0.0) + float(np.square(found[finite] - true[finite]).sum())
+                    signal[name] = signal.get(name, 0.0) + float(np.square(true[finite]).sum())
         ratios = [noise[name] / max(signal[name], 1e-30) for name in noise]
         return float(np.mean(ratios)) if ratios else float("inf")
+
+    def _seen(self, name: str, value: np.ndarray) -> FloatArray:
+        """What is compared of an output."""
+        value = np.asarray(value, np.float64)
+        if name not in self.axes:
+            return value
+        logits = np.log(np.maximum(value, _LEAST_PROBABILITY))
+        return np.asarray(logits - logits.mean(axis=self.axes[name], keepdims=True), np.float64)
+
+
+def _probability_axis(values: list[np.ndarray]) -> int | None:
+    """The axis along which all of an output sums to one, and no element is negative."""
+    if any(value.ndim != max(values[0].ndim, 2) or value.min(initial=0.0) < 0 for value in values):
+        return None
+    for axis in (values[0].ndim - 1, 1):
+        if all(value.shape[axis] > 1 and np.allclose(value.sum(axis=axis), 1.0, atol=1e-3) for value in values):
+            return axis
+    return None
 
 
 def _is_float(value: object) -> bool:
