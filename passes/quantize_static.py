@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from onnxslim.errors import ModelError
 from onnxslim.graph.shapes import Shapes, infer_shapes
@@ -38,6 +40,7 @@ from onnxslim.passes._runtimes import RUNTIMES, RuntimeName
 from onnxslim.passes._saturation import kernels_saturate
 from onnxslim.passes._weight_only import quantize_stored_weights
 from onnxslim.passes.base import Context, Outcome, Pass
+from onnxslim.runtime import Session, interleaved_latency
 
 if TYPE_CHECKING:
     from onnxslim.data import Dataset
@@ -55,7 +58,12 @@ _NEAR = 1.3  # times the least output error: ranges that are worse are not tried
 _MOST_FIT, _MOST_HELD = 24, 16  # batches
 _TINY_WEIGHT, _TINY_MACS = 512, 6_000
 _MOST_KEPT = 8
+_SMALL_ERROR, _LARGE_ERROR = 1e-3, 0.05  # noise over signal of the outputs: no matter; layers are to stay float
+_CLEARLY = 0.7  # times the error before: what leaving more layers in float has to bring it to
 _SENSITIVITY_SECONDS = 60
+_SENSITIVITY_FEEDS = 2
+_AS_FAST = 0.98  # times float's speed: less than this is more than noise
+_TIMING_SECONDS = 4.0
 
 
 class QuantizeStatic(Pass):
@@ -65,8 +73,9 @@ class QuantizeStatic(Pass):
     with one scale and zero a tensor, chosen on the calibration data; weights are int8 with a scale an output channel;
     biases int32. Elementwise and moving ops between them stay in int8 where ONNX Runtime has a kernel that fuses.
     Biases take back the mean shift of rounding (Nagel et al. 2019), where that lowers the output error on calibration
-    data that was held back. Other large weights (recurrent, transposed convolutions, embeddings, in bodies) are stored
-    in int8 and computed with in float.
+    data that was held back. Layers that make most of a large output error stay float, and a change names them. Other
+    large weights (recurrent, transposed convolutions, embeddings, in bodies) are stored in int8 and computed with in
+    float; so are all of them where ONNX Runtime, on one thread of this machine, is no faster in int8.
 
     Right for convolutional and linear networks; a score that hangs on the small differences between large activations
     may fall, and the guard then asks for :meth:`weaker`. Costs a few runs of the model over the calibration data;
@@ -91,8 +100,13 @@ class QuantizeStatic(Pass):
     reconstruct: bool = Field(True, description="round weights for what each layer gives, not each by itself")
     bias_correction: bool = Field(True, description="let biases take back the mean shift of rounding")
     weight_only: bool = Field(True, description="store the weights that have no integer kernel in int8 as well")
+    only_if_faster: bool = Field(
+        True, description="compute in float where int8 is measured slower here; weights are stored in int8 all the same"
+    )
     exclude: tuple[str, ...] = Field((), description="nodes kept in float: shell patterns of names or ops")
-    keep_float: int = Field(0, ge=0, description="how many of the layers that add most error are kept in float")
+    keep_float: Literal["auto"] | NonNegativeInt = Field(
+        "auto", description="how many of the layers that add most error stay float; auto: where the error is large"
+    )
     max_range: float = Field(
         1e6, gt=0, description="tensors that reach beyond this, such as masks, are never quantized"
     )
@@ -104,15 +118,19 @@ class QuantizeStatic(Pass):
             outcome.refuse(self.name, "model", "there is no calibration data")
             return outcome
         before = model.copy()
-        hoist_constants(model)
-        unraised = raise_opset(model, _OPSET)
-        if unraised:
-            outcome.refuse("qdq", "model", f"{unraised}, and per-channel quantization needs {_OPSET}")
-        else:
-            absorb(model)
-            _Run(self, model, context.calibration.take(self.max_samples).in_memory(_KEPT_BYTES), context, outcome).run()
+        precise = self._quantize(model, context.calibration.take(self.max_samples), context, outcome)
+        if outcome.changes and self.only_if_faster and self.runtime == "onnxruntime":
+            speed = _speed(before, model, context.calibration)
+            if speed < _AS_FAST:
+                why = f"int8 ran at {speed:.2f} times the speed of float here; only_if_faster = false writes it anyway"
+                outcome = Outcome()
+                outcome.refuse("qdq", "model", why)
+                _restore(model, before.copy())
+                hoist_constants(model)
         if self.weight_only and model.opset >= _BROADCAST_OPSET:
-            stored = quantize_stored_weights(model, lambda node: matches(node, self.exclude), outcome)
+            stored = quantize_stored_weights(
+                model, lambda node: matches(node, self.exclude) or _is_one_of(precise, node), outcome
+            )
             outcome.numbers["weights stored in int8 only"] = float(stored)
         size_before, size_after = (_file_size(version) for version in (before, model))
         if outcome.changes and size_after >= size_before:
@@ -121,7 +139,7 @@ class QuantizeStatic(Pass):
             outcome.numbers.clear()
             outcome.refuse(self.name, "model", why)
         if not outcome.changes:
-            model.graph, model.header = before.graph, before.header
+            _restore(model, before)
             if not outcome.refusals:
                 outcome.refuse(self.name, "model", "it has no Conv, Gemm or MatMul with constant float32 weights")
         else:
@@ -130,9 +148,21 @@ class QuantizeStatic(Pass):
             outcome.numbers["share of weights in int8"] = _int8_share(model)
         return outcome
 
+    def _quantize(self, model: Model, data: Dataset, context: Context, outcome: Outcome) -> tuple[str, ...]:
+        """Write activations and weights in int8 where both can be; return the layers whose weights need float."""
+        hoist_constants(model)
+        unraised = raise_opset(model, _OPSET)
+        if unraised:
+            outcome.refuse("qdq", "model", f"{unraised}, and per-channel quantization needs {_OPSET}")
+            return ()
+        absorb(model)
+        run = _Run(self, model, data.in_memory(_KEPT_BYTES), context, outcome)
+        run.run()
+        return run.precise
+
     def weaker(self) -> QuantizeStatic | None:
         """The same with the layers that add most error in float: 2, 4, then 8 of them."""
-        kept = max(2, 2 * self.keep_float)
+        kept = 2 if self.keep_float == "auto" else max(2, 2 * self.keep_float)
         return self.model_copy(update={"keep_float": kept}) if kept <= _MOST_KEPT else None
 
 
@@ -161,6 +191,7 @@ class _Run:
     outcome: Outcome
     observed: dict[str, Observed] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
+    precise: tuple[str, ...] = ()
 
     def run(self) -> None:
         """Calibrate, correct, and rewrite the model."""
@@ -177,14 +208,11 @@ class _Run:
         except ModelError as error:
             self.outcome.refuse("qdq", "model", f"its activations cannot be observed: {error}")
             return
-        placement = self._place(self.model)
-        if placement.anchors and self.options.keep_float:
-            self.kept = self._worst(placement, self._split(batch))
+        plan = self._plan(self._split(batch)) if self._place(self.model).anchors else _Plan({})
         placement = self._place(self.model, reasons)
         self._refuse(self.model, reasons)
         if not placement.anchors:
             return
-        plan = self._choose(placement, self._split(batch))
         macs, quantized = self._macs(anchors), self._macs(placement.anchors)
         self._note(placement, plan)
         self._emitter(self.model, placement, plan).emit()
@@ -228,7 +256,7 @@ class _Run:
             name = node.outputs[0].name
             reason = "it is excluded" if matches(node, self.options.exclude) else anchor_obstacle(node, shapes)
             if name in self.kept:
-                reason = f"it is among the {len(self.kept)} layers that add most error"
+                reason = "it is among the layers that add most error"
             if reason is None:
                 axis = weight_axis(node) if self.options.per_channel else None
                 anchors[name] = Anchor(name, node, axis, len(node.inputs[1].shape))
@@ -286,23 +314,24 @@ class _Run:
 
     # -------------------------------------------------------------------------------------------------- calibration
 
-    def _choose(self, placement: Placement, split: _Split) -> _Plan:
-        """The plan with the least output error on held-back samples."""
+    def _plan(self, split: _Split) -> _Plan:
+        """The plan with the least output error on held-back samples, and the layers that it leaves in float."""
         options = self.options
         methods: tuple[Method, ...] = ("mse", "percentile") if options.calibration == "auto" else (options.calibration,)
-        plans = {method: _Plan(self._codes(placement, method)) for method in methods}
-        if len(methods) == 1 and not (options.bias_correction or options.reconstruct):
-            return plans[methods[0]]
+        if len(methods) == 1 and not (options.bias_correction or options.reconstruct or options.keep_float):
+            return _Plan(self._codes(self._place(self.model), methods[0]))
         judge = self._judge(split.held())
-        for plan in plans.values():
-            plan.error = judge.error(self._emitted(plan))
+        plans = self._leave(judge, self._judged(judge, methods))
         self.context.progress(75, 100)
         # Corrections may turn the order of two methods round, but not where one is far worse.
-        least = min(plan.error for plan in plans.values())
-        near = {method: plan for method, plan in plans.items() if plan.error <= _NEAR * least}
-        corrected = {method: self._corrected(judge, split, plan) for method, plan in near.items()}
+        least = _least(plans)
+        corrected = {
+            method: self._corrected(judge, split, plan) for method, plan in plans.items() if plan.error <= _NEAR * least
+        }
         method = min(corrected, key=lambda method: corrected[method].error)
-        best = self._reconstructed(placement, judge, split, corrected[method])
+        best = self._reconstructed(judge, split, corrected[method])
+        if self.kept and options.weight_only and not self._weights_suffice(judge, best):
+            self.precise = self.kept
         self.outcome.numbers["output error on held-back samples"] = best.error
         if len(methods) > 1:
             self.outcome.change("calibration", "model", f"ranges by {method}, which has the least output error")
@@ -315,11 +344,43 @@ class _Run:
                 self.outcome.refuse(rule, "model", why)
         return best
 
-    def _reconstructed(self, placement: Placement, judge: Judge, split: _Split, plan: _Plan) -> _Plan:
+    def _judged(self, judge: Judge, methods: Iterable[Method]) -> dict[Method, _Plan]:
+        """A plan for each method, and its error."""
+        placement = self._place(self.model)
+        plans = {method: _Plan(self._codes(placement, method)) for method in methods}
+        for plan in plans.values():
+            plan.error = judge.error(self._emitted(plan))
+        return plans
+
+    def _leave(self, judge: Judge, plans: dict[Method, _Plan]) -> dict[Method, _Plan]:
+        """The plans with the layers that add most error in float: as many as were asked for, or as pay off."""
+        wanted = self.options.keep_float
+        if wanted == 0 or (wanted == "auto" and _least(plans) < _LARGE_ERROR):
+            return plans
+        best = min(plans.values(), key=lambda plan: plan.error)
+        ranked = self._ranked(judge.strictest(_SENSITIVITY_FEEDS, self._emitted(best)))
+        for count in (1, 2, 4, 8) if wanted == "auto" else (wanted,):
+            before, self.kept = self.kept, ranked[:count]
+            tried = self._judged(judge, plans)
+            if wanted != "auto" or _least(tried) <= _CLEARLY * _least(plans):
+                plans = tried
+            else:
+                self.kept = before
+            if _least(plans) < _LARGE_ERROR:
+                break
+        return plans
+
+    def _weights_suffice(self, judge: Judge, plan: _Plan) -> bool:
+        """Whether the layers that stay float can store their weights in int8."""
+        stored = self._emitted(plan)
+        quantize_stored_weights(stored, lambda node: not _is_one_of(self.kept, node), Outcome())
+        return judge.error(stored) <= max(_NEAR * plan.error, _SMALL_ERROR)
+
+    def _reconstructed(self, judge: Judge, split: _Split, plan: _Plan) -> _Plan:
         """The plan with weights rounded for what layers give; as it is where that does not lower its error."""
         if not (self.options.reconstruct and split.honest):
             return plan
-        emitter = self._emitter(self.model, placement, plan)
+        emitter = self._emitter(self.model, self._place(self.model), plan)
         centred = self.options.bias_correction
         trial = _Plan(plan.codes, reconstruct(emitter, split.fit(), centred=centred, seed=self.context.seed))
         trial.error = judge.error(self._emitted(trial))
@@ -385,23 +446,21 @@ class _Run:
         trial.error = judge.error(self._emitted(trial))
         return min(plan, trial, key=lambda plan: plan.error)
 
-    def _worst(self, placement: Placement, split: _Split) -> tuple[str, ...]:
-        """The layers that raise the output error most when each is quantized alone, as many as are to stay float."""
-        judge = self._judge(itertools.islice(split.held(), 2))
+    def _ranked(self, judge: Judge) -> tuple[str, ...]:
+        """The layers, those first that raise the output error most when they alone are quantized."""
+        names = list(self._place(self.model).anchors)
+        before = self.kept
         errors: dict[str, float] = {}
         started = time.monotonic()
-        for name in placement.anchors:
+        for name in names:
             if time.monotonic() - started > _SENSITIVITY_SECONDS:
-                why = f"only {len(errors)} of {len(placement.anchors)} layers were tried in {_SENSITIVITY_SECONDS} s"
+                why = f"only {len(errors)} of {len(names)} layers were tried in {_SENSITIVITY_SECONDS} s"
                 self.outcome.refuse("sensitivity", "model", why)
                 break
-            alone = self.model.copy()
-            self.kept = tuple(other for other in placement.anchors if other != name)
-            single = self._place(alone)
-            self._emitter(alone, single, _Plan(self._codes(single, "percentile"))).emit()
-            drop_value_info(alone)
-            errors[name] = judge.error(alone)
-        return tuple(sorted(errors, key=lambda name: -errors[name])[: self.options.keep_float])
+            self.kept = tuple(other for other in names if other != name)
+            errors[name] = judge.error(self._emitted(_Plan(self._codes(self._place(self.model), "percentile"))))
+        self.kept = before
+        return tuple(sorted(errors, key=lambda name: -errors[name]))
 
     def _clipped(self, placement: Placement, plan: _Plan) -> int:
         """How many tensors have values outside of their code."""
@@ -413,6 +472,11 @@ class _Run:
         return count
 
     def _note(self, placement: Placement, plan: _Plan) -> None:
+        if self.kept:
+            nodes = {node.outputs[0].name: node.name for node in self.model.graph.nodes if node.outputs}
+            names = ", ".join(json.dumps(nodes[name] or name) for name in self.kept)
+            what = f"the layers that add most error stay float: exclude = [{names}]"
+            self.outcome.change("sensitivity", "model", what)
         for name, anchor in placement.anchors.items():
             node = anchor.node
             code = plan.codes[node.inputs[0].name].read
@@ -466,6 +530,14 @@ class _Progress:
         self.context.progress(round(self.start + share * (self.end - self.start)), 100)
 
 
+def _least(plans: dict[Method, _Plan]) -> float:
+    return min(plan.error for plan in plans.values())
+
+
+def _is_one_of(layers: Collection[str], node: gs.Node) -> bool:
+    return bool(node.outputs) and node.outputs[0].name in layers
+
+
 def _own(placement: Placement) -> list[str]:
     """The tensors with a code of their own, sorted."""
     return [name for name in sorted(placement.carried | placement.fed) if not _inherits(placement, name)]
@@ -497,6 +569,18 @@ def _floats(graph: gs.Graph, shapes: Shapes) -> list[str]:
         if tensor.name and shapes.dtype(tensor) == np.float32:
             names[tensor.name] = None
     return list(names)
+
+
+def _restore(model: Model, before: Model) -> None:
+    model.graph, model.header = before.graph, before.header
+
+
+def _speed(before: Model, after: Model, data: Dataset) -> float:
+    """How many times faster ``after`` runs on the first feed, one thread, interleaved."""
+    feed = next(iter(data))
+    runs = {name: partial(Session(model, threads=1).run, feed) for name, model in (("b", before), ("a", after))}
+    timings = interleaved_latency(runs, max_seconds=_TIMING_SECONDS)
+    return timings["b"].median_ms / timings["a"].median_ms
 
 
 def _int8_share(model: Model) -> float:

@@ -14,10 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxslim import Model, load
 from onnxslim.data import open_dataset
 from onnxslim.passes._calibration import Histogram, choose_range, observe
+from onnxslim.passes._correction import Judge
 from onnxslim.passes._opset import raise_opset
 from onnxslim.passes._qdq import code_of_range, quantize_weight
 from onnxslim.passes.base import Context, Outcome
 from onnxslim.passes.quantize_static import QuantizeStatic
+from onnxslim.passes.quantize_static import _speed as speed_of
 from onnxslim.runtime import Session
 
 FLOAT = TensorProto.FLOAT
@@ -76,6 +78,8 @@ def images(count: int = 16, channels: int = 3, size: int = 12, seed: int = 1) ->
 def quantize(proto: onnx.ModelProto, feeds: list[dict[str, np.ndarray]], **options: object) -> tuple[Model, Outcome]:
     model = load(proto)
     data = open_dataset(feeds, Session(model).specs)
+    # Small models are no faster in int8, and timing them would make tests depend on the machine.
+    options = {"only_if_faster": False} | options
     outcome = QuantizeStatic(**options).run(model, Context(calibration=data))  # type: ignore[arg-type]
     result = model.to_proto()
     onnx.checker.check_model(result)
@@ -634,8 +638,83 @@ def test_sensitive_layers_can_be_kept_in_float():
     whole, _ = quantize(proto, images())
     model, outcome = quantize(proto, images(), keep_float=2)
     assert outcome.numbers["nodes quantized"] == 2
-    assert "among the 2 layers that add most error" in whys(outcome)
+    assert "among the layers that add most error" in whys(outcome)
     assert decibels(proto, model, images(seed=5)) > decibels(proto, whole, images(seed=5))
+
+
+def test_layers_that_make_most_of_a_large_error_stay_float_by_themselves():
+    """A convolution that takes the differences of all but equal pixels drowns in the step of its input's codes."""
+    rng = np.random.default_rng(2)
+    b = Builder(2)
+    kernel = rng.normal(size=(16, 3, 3, 3)).astype(np.float32)
+    kernel -= kernel.mean(axis=(2, 3), keepdims=True)
+    b.constant("edges", 40 * kernel)
+    b.node("Conv", ["x", "edges"], "first", kernel_shape=[3, 3])
+    source = "first"
+    for index in range(2):
+        source = b.node("Relu", [b.conv(source, f"c{index}", 16, 16)], f"r{index}")
+    proto = b.model({"x": ["N", 3, 12, 12]}, {source: ["N", 16, 10, 10]})
+
+    def feeds(seed: int) -> list[dict[str, np.ndarray]]:
+        shifts = np.random.default_rng(seed).normal(size=(16, 1, 3, 1, 1)).astype(np.float32)
+        return [{"x": 0.01 * feed["x"] + shift} for feed, shift in zip(images(seed=seed), shifts, strict=True)]
+
+    worse, _ = quantize(proto, feeds(1), keep_float=0)
+    model, outcome = quantize(proto, feeds(1))
+    (change,) = (change for change in outcome.changes if change.rule == "sensitivity")
+    assert change.what.endswith('exclude = ["first"]')
+    assert "first: Conv: it is among the layers that add most error" in whys(outcome)
+    assert decibels(proto, model, feeds(5)) > decibels(proto, worse, feeds(5)) + 20
+    assert not outcome.numbers["weights stored in int8 only"]  # its weights need float as well
+    named, again = quantize(proto, feeds(1), exclude=("first",), keep_float=0)
+    assert again.numbers["nodes quantized"] == outcome.numbers["nodes quantized"]
+    assert decibels(proto, named, feeds(5)) > decibels(proto, worse, feeds(5)) + 20
+
+
+def test_probabilities_are_judged_by_their_logarithms():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(64, 10)).astype(np.float32) * 8
+    b = Builder()
+    b.node("Softmax", [b.node("Add", ["x", b.constant("c", np.float32(0))], "sum")], "p", axis=1)
+    proto = b.model({"x": ["N", 10]}, {"p": ["N", 10]})
+    judge = Judge.of(load(proto), [{"x": logits}])
+    assert judge.axes == {"p": 1}
+    # Off by the same factor throughout: nothing changes in probability; off in one class: its logarithm does.
+    for shift, least, most in ((np.float32(3), 0.0, 1e-6), (np.eye(1, 10, 3, np.float32)[0], 1e-3, 1.0)):
+        c = Builder()
+        c.node("Softmax", [c.node("Add", ["x", c.constant("c", shift)], "sum")], "p", axis=1)
+        assert least <= judge.error(load(c.model({"x": ["N", 10]}, {"p": ["N", 10]}))) <= most
+    b = Builder()
+    b.node("Abs", ["x"], "y")
+    proto = b.model({"x": ["N", "C", "T"]}, {"y": ["N", "C", "T"]})
+    for shape, axes in (((2, 4, 3), {"y": 1}), ((2, 3, 4), {"y": 2}), ((4, 2, 3), {})):
+        assert Judge.of(load(proto), [{"x": np.full(shape, 0.25, np.float32)}]).axes == axes
+
+
+# ------------------------------------------------------------------------------------------------------------ speed
+
+
+@pytest.mark.parametrize(("speed", "int8"), [(0.5, False), (0.97, False), (0.99, True), (2.0, True)])
+def test_arithmetic_stays_float_where_int8_is_slower(monkeypatch, speed, int8):
+    monkeypatch.setattr("onnxslim.passes.quantize_static._speed", lambda before, after, data: speed)
+    proto = mobile_block()
+    model, outcome = quantize(proto, images(), only_if_faster=True)
+    assert bool(ops(model)["QuantizeLinear"]) is int8
+    assert ("times the speed of float" in whys(outcome)) is not int8
+    assert outcome.numbers["share of weights in int8"] > 0.8
+    assert decibels(proto, model, images(seed=5)) > (28 if int8 else 38)
+
+
+def test_speed_is_that_of_the_float_model_against_the_other():
+    small, large = Builder(), Builder()
+    small.conv("x", "y", 3, 8)
+    for index in range(12):
+        large.conv("x" if index == 0 else f"c{index - 1}", f"c{index}", 3 if index == 0 else 64, 64)
+    shape = {"x": [1, 3, 24, 24]}
+    slow, fast = large.model(shape, {"c11": [1, 64, 24, 24]}), small.model(shape, {"y": [1, 8, 24, 24]})
+    data = open_dataset(images(2, size=24), Session(slow).specs)
+    assert speed_of(load(slow), load(fast), data) > 2
+    assert speed_of(load(fast), load(slow), data) < 0.5
 
 
 # ----------------------------------------------------------------------------------------------------------- opset
