@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from onnxslim.graph.coupling import Group, Member
 from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
 
-__all__ = ["obs_removal", "readers", "weight_norms"]
+__all__ = ["Removal", "norm_removal", "obs_removal", "readers", "weight_norms"]
 
 FloatArray = NDArray[np.float64]
 
@@ -59,10 +60,62 @@ def readers(group: Group) -> list[tuple[LinearLayer, NDArray[np.int64]]]:
     return found
 
 
-def obs_removal(
-    group: Group, count: int, moments: Mapping[int, Moments], damping: float = 1e-2
-) -> NDArray[np.int64] | None:
-    """The ``count`` channels of a group that are best removed; None without statistics of any reader.
+@dataclass(frozen=True)
+class Removal:
+    """In which order the channels of a group go, and what has gone with them.
+
+    Attributes:
+        order: channels, the one that goes first at the front, ``[channels]``.
+        losses: ``losses[n]``: relative error that the layers that read the group are left with when ``n`` are gone,
+            summed over these layers, ``[channels + 1]``.
+    """
+
+    order: NDArray[np.int64]
+    losses: FloatArray
+
+
+def norm_removal(group: Group) -> Removal:
+    """The channels with the smallest weights first; what is lost is their share of all that the weights hold."""
+    norms = weight_norms(group)
+    order = np.argsort(norms, kind="stable")
+    return Removal(order, np.concatenate([[0.0], np.cumsum(norms[order]) / max(float(norms.sum()), 1e-30)]))
+
+
+@dataclass
+class _Reader:
+    """A layer that reads the group: its inputs that are left, ``inv(H)`` over them, and its weight as it makes up.
+
+    Attributes:
+        columns: for each channel of the group, where its inputs stand now, ``[channels, each]``.
+        scale: variance of its output.
+    """
+
+    inverse: FloatArray
+    weight: FloatArray
+    columns: NDArray[np.int64]
+    scale: float
+
+    def costs(self, channels: NDArray[np.int64]) -> FloatArray:
+        """What each channel would cost alone."""
+        blocks = self.columns[channels]
+        own = self.inverse[blocks[:, :, None], blocks[:, None, :]]
+        mine = self.weight[:, blocks].transpose(1, 2, 0)  # [channels, each, O]
+        costs: FloatArray = np.einsum("cko,cko->c", mine, np.linalg.solve(own, mine)) / self.scale
+        return costs
+
+    def remove(self, channels: NDArray[np.int64]) -> None:
+        """Take channels out, and let the others make up for them."""
+        block = self.columns[channels].reshape(-1)
+        stay = np.ones(len(self.inverse), bool)
+        stay[block] = False
+        update = np.linalg.solve(self.inverse[np.ix_(block, block)], self.inverse[np.ix_(block, stay)])
+        self.weight = self.weight[:, stay] - self.weight[:, block] @ update
+        self.inverse = self.inverse[np.ix_(stay, stay)] - self.inverse[np.ix_(stay, block)] @ update
+        self.columns = np.cumsum(stay)[self.columns] - 1
+
+
+def obs_removal(group: Group, moments: Mapping[int, Moments], damping: float = 1e-2) -> Removal | None:
+    """In which order the channels of a group are best removed; None without statistics of any reader.
 
     Optimal brain surgeon on the input of every layer that reads the group: removing the columns ``c`` of a layer with
     input covariance ``H`` and letting all others make up for it costs ``tr(W_c (inv(H)_cc)^-1 W_c^T)``, relative to
@@ -71,11 +124,10 @@ def obs_removal(
 
     Args:
         group: the channels.
-        count: how many to remove, fewer than there are.
         moments: of the inputs of its readers in the original model, by ``id(node)``.
         damping: added to the diagonal of ``H``, in units of its mean.
     """
-    states = []
+    found = []
     for layer, columns in readers(group):
         seen = moments.get(id(layer.node))
         if seen is None or seen.count == 0:
@@ -87,24 +139,19 @@ def obs_removal(
         inverse = np.linalg.inv(hessian + damping * mean * np.eye(len(hessian)))
         weight = layer.matrices()[0]
         scale = float(np.einsum("ok,ok->", weight @ hessian, weight))
-        states.append((inverse, weight, columns, max(scale, 1e-30)))
-    if not states:
+        found.append(_Reader(inverse, weight, columns, max(scale, 1e-30)))
+    if not found:
         return None
-    alive = np.ones(group.channels, bool)
-    at_once = -(-count // _ROUNDS)
-    while (missing := count - int((~alive).sum())) > 0:
-        left = np.flatnonzero(alive)
-        cost = np.zeros(len(left))
-        for inverse, weight, columns, scale in states:
-            blocks = columns[left]
-            own = inverse[blocks[:, :, None], blocks[:, None, :]]
-            mine = weight[:, blocks].transpose(1, 2, 0)  # [channels, each, O]
-            cost += np.einsum("cko,cko->c", mine, np.linalg.solve(own, mine)) / scale
-        gone = left[np.argsort(cost, kind="stable")[: min(at_once, missing)]]
-        alive[gone] = False
-        for inverse, weight, columns, _scale in states:
-            block = columns[gone].reshape(-1)
-            update = np.linalg.solve(inverse[np.ix_(block, block)], inverse[block])
-            weight -= weight[:, block] @ update
-            inverse -= inverse[:, block] @ update
-    return np.flatnonzero(~alive)
+    left = np.arange(group.channels)
+    order: list[NDArray[np.int64]] = []
+    costs: list[FloatArray] = [np.zeros(1)]
+    at_once = -(-group.channels // _ROUNDS)
+    while len(left):
+        cost = np.sum([reader.costs(left) for reader in found], axis=0)
+        chosen = np.argsort(cost, kind="stable")[:at_once]
+        order.append(left[chosen])
+        costs.append(np.maximum(cost[chosen], 0.0))
+        left = np.delete(left, chosen)
+        for reader in found:
+            reader.remove(order[-1])
+    return Removal(np.concatenate(order), np.cumsum(np.concatenate(costs)))

@@ -8,7 +8,8 @@ target,
     (S + lambda I) W^T = C + lambda W0^T,        b = mean(y) - W mean(x),        lambda = ridge * mean(diag S)
 
 where ``W0`` is the cut weight: the penalty pulls towards it, not towards zero, so directions that the data does not
-cover keep what training gave them. No labels, no gradients, ``K * K`` floats a layer.
+cover keep what training gave them. Where a ReLU follows, what it cuts off is no error (``_one_sided``). No labels, no
+gradients, ``K * K`` floats a layer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from onnxslim.graph.walk import is_graph_output
 from onnxslim.model import Model
+from onnxslim.passes._one_sided import Kept, seen_range
 from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
 from onnxslim.passes._trunk import Trunk
 
@@ -40,7 +42,8 @@ class Refit:
 
     Attributes:
         node: the layer.
-        before, after: mean squared error of its output over the target's variance, with the cut and the fitted weights.
+        before, after: mean squared error of its output over the target's variance, with the cut and the fitted weights
+            and the best bias; only of what the activation behind it lets through.
         why: why it was left as it was; None when it was refitted.
     """
 
@@ -56,10 +59,15 @@ class _Task:
 
     Its moments are kept for two halves of the samples, so that a ridge can be tried on the other half; those of wide
     layers in one set.
+
+    Attributes:
+        beside: what an Add joins to the layer's output, when the layer is to make up for its error too.
+        seen: rows to refine the fit on, where an activation cuts off part of the output.
     """
 
     layer: LinearLayer
-    beside: gs.Tensor | None  # what an Add joins to the layer's output, when the layer is to make up for its error too
+    beside: gs.Tensor | None
+    seen: Kept | None = None
     kept: NDArray[np.int64] | None = None
     parts: list[Moments] = field(default_factory=list)
     samples: int = 0
@@ -84,8 +92,11 @@ class _Task:
         rows = layer.draw(target.shape, rng, per_sample)
         inputs_ = layer.input_rows(x[layer.data.name], rows)
         targets = layer.output_rows(target, rows, self.kept)
-        if self.beside is not None:
-            targets = targets - layer.output_rows(x[self.beside.name], rows)
+        beside = None if self.beside is None else layer.output_rows(x[self.beside.name], rows)
+        if beside is not None:
+            targets = targets - beside
+        if self.seen is not None:
+            self.seen.add(inputs_, targets, beside)
         turn = (rows.sample + self.samples) % len(self.parts)
         for number, part in enumerate(self.parts):
             part.add(inputs_[:, turn == number], targets[:, turn == number])
@@ -127,6 +138,7 @@ def recover(
     for number, tasks in enumerate(levels):
         for task in tasks:
             task.kept = kept(task.layer)
+            task.seen = _seen(model, task)
         rng = np.random.default_rng([seed, number])
         inputs = student.step(sorted({name for task in tasks for name in task.reads}))
         targets = original.step(sorted({task.target.name for task in tasks}))
@@ -135,7 +147,7 @@ def recover(
                 task.observe(x, y[task.target.name], rng, per_sample)
         for task in tasks:
             refits.append(_refit(model, task, ridge))
-            task.parts = []
+            task.parts, task.seen = [], None
         done += len(tasks)
         progress(done, total)
     return refits
@@ -217,6 +229,17 @@ def _unfit(layer: LinearLayer, users: int) -> str | None:
     return None
 
 
+def _seen(model: Model, task: _Task) -> Kept | None:
+    """Where to keep rows of a layer with an activation behind it; None where all of its output matters."""
+    layer = task.layer
+    output, added = layer.output if task.beside is None else layer.output.outputs[0].outputs[0], np.zeros(1)
+    if task.beside is None and (shift := _shift_add(model, layer)) is not None:
+        add, slot = shift
+        output, added = add.outputs[0], np.asarray(add.inputs[slot].values, np.float64).reshape(-1)
+    limits = seen_range(model, output)
+    return None if limits is None else Kept(*limits, np.broadcast_to(added, layer.shape[0] * layer.shape[1]))
+
+
 def _refit(model: Model, task: _Task, ridge: float | None) -> Refit:
     layer = task.layer
     if sum(part.count for part in task.parts) == 0:
@@ -226,11 +249,18 @@ def _refit(model: Model, task: _Task, ridge: float | None) -> Refit:
     start = layer.matrices()
     strength = _best_ridge(task.parts, start, centred=centred) if ridge is None else ridge
     moments = task.parts[0] if len(task.parts) == 1 else task.parts[0].merged(task.parts[1])
-    matrices = solve(moments, start, strength, centred=centred)
+    if task.seen is None:
+        matrices = solve(moments, start, strength, centred=centred)
+        bias = _best_bias(moments, matrices)
+        before, after = (relative_error(moments, w, centred=centred) for w in (start, matrices))
+    else:
+        equations = _normal_equations(moments, start, strength, centred=centred)
+        matrices, bias = task.seen.solve(*equations, (moments.mean, moments.mean_y) if centred else None)
+        plain = _best_bias(moments, start) if centred else np.zeros_like(bias)
+        before, after = task.seen.error(start, plain), task.seen.error(matrices, bias)
     if not np.isfinite(matrices).all():
         return Refit(layer.node, why="its least squares did not come out finite")
-    before, after = (relative_error(moments, w, centred=centred) for w in (start, matrices))
-    bias = (moments.mean_y - np.einsum("gok,gk->go", matrices, moments.mean)).reshape(-1)
+    bias = bias.reshape(-1)
     _replace(model, layer.node, 1, layer.stored(matrices))
     if shift is not None:
         add, slot = shift
@@ -240,6 +270,10 @@ def _refit(model: Model, task: _Task, ridge: float | None) -> Refit:
     elif centred:
         _set_bias(model, layer, bias)
     return Refit(layer.node, before, after)
+
+
+def _best_bias(moments: Moments, matrices: FloatArray) -> FloatArray:
+    return np.asarray(moments.mean_y - np.einsum("gok,gk->go", matrices, moments.mean))
 
 
 def _best_ridge(parts: list[Moments], start: FloatArray, *, centred: bool) -> float:
@@ -265,6 +299,13 @@ def solve(moments: Moments, start: FloatArray, ridge: float, *, centred: bool = 
 
     Inputs that never vary keep their weight. ``centred`` says that a bias is fitted beside the weights.
     """
+    left, right = _normal_equations(moments, start, ridge, centred=centred)
+    return np.asarray(np.linalg.solve(left, right).transpose(0, 2, 1), np.float64)
+
+
+def _normal_equations(
+    moments: Moments, start: FloatArray, ridge: float, *, centred: bool
+) -> tuple[FloatArray, FloatArray]:
     if centred:
         gram, cross = moments.covariance, moments.cross_covariance
     else:
@@ -274,7 +315,7 @@ def solve(moments: Moments, start: FloatArray, ridge: float, *, centred: bool = 
     strength = ridge * diagonal.mean(axis=1)
     strength = np.maximum(strength, 1e-6 * max(float(diagonal.mean()), 1e-30))[:, None, None]
     left = gram + strength * np.eye(gram.shape[1])
-    return np.linalg.solve(left, cross + strength * start.transpose(0, 2, 1)).transpose(0, 2, 1)
+    return left, cross + strength * start.transpose(0, 2, 1)
 
 
 def relative_error(moments: Moments, matrices: FloatArray, *, centred: bool = True) -> float:

@@ -13,14 +13,18 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from pydantic import Field
 
+from onnxslim.graph.cost import node_macs
 from onnxslim.graph.coupling import Coupling, Cut, Group, couple, cut
+from onnxslim.graph.shapes import infer_shapes
 from onnxslim.graph.walk import hoist_constants
 from onnxslim.model import Model
-from onnxslim.passes._channel_scores import obs_removal, readers, weight_norms
-from onnxslim.passes._statistics import LinearLayer, Moments, input_moments
+from onnxslim.passes._channel_scores import Removal, norm_removal, obs_removal, readers
+from onnxslim.passes._statistics import LinearLayer, input_moments
+from onnxslim.passes._widths import Choice, WeightCost, allocate, uniform_widths, weight_costs, width_step
 from onnxslim.passes.base import Context, Outcome, Pass
+from onnxslim.runtime import Session
 
-__all__ = ["PruneChannels", "choose_widths", "width_step"]
+__all__ = ["PruneChannels"]
 
 Feed = dict[str, np.ndarray]
 Criterion = Literal["norm", "obs"]
@@ -37,6 +41,9 @@ class PruneChannels(Pass):
     reported with its reason. Kept widths are multiples of 8 by default, because a convolution with 95 channels runs
     slower than one with 128.
 
+    How much goes from which group is one budget for the whole network: with calibration data, groups whose readers can
+    make up for it lose more, and others less; without, all lose the same share.
+
     With calibration data (no labels) every layer behind a cut is refitted by least squares, in topological order, with
     the model as it was before as the teacher (He et al. 2017, arXiv 1707.06168). Without data the cut stays as it is,
     which costs most of the accuracy of a real network at any ratio worth having.
@@ -49,7 +56,12 @@ class PruneChannels(Pass):
     lossless: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
 
-    ratio: float = Field(0.3, gt=0, lt=1, description="share of the channels of the prunable groups to remove")
+    ratio: float = Field(
+        0.3, gt=0, lt=1, description="as much goes as if every prunable group lost this share of its channels"
+    )
+    cost: Literal["macs", "parameters"] = Field(
+        "macs", description="what is counted for it: multiply-accumulates (speed) or parameters (size)"
+    )
     multiple_of: int = Field(8, ge=1, description="kept widths are multiples of this")
     min_channels: int = Field(8, ge=1, description="a group is never cut below this width")
     criterion: Criterion = Field(
@@ -78,18 +90,24 @@ class PruneChannels(Pass):
         hoist_constants(model)
         coupling = couple(model)
         self._exclude(coupling)
-        chosen = self._widths(coupling, outcome)
+        choices = self._choices(coupling, outcome)
         if nested := _nested_layers(model):
             outcome.refuse(self.name, _name(model), f"{nested} layers inside subgraphs or functions are not pruned")
-        if not chosen:
+        if not choices:
             if not outcome.refusals:
                 outcome.refuse(self.name, _name(model), "it has no layer with constant weights to prune")
             return outcome
         batches = self._batches(context)
-        moments = self._criterion_moments(model, coupling, chosen, batches, context.seed)
+        removals = self._removals(model, coupling, choices, batches, context.seed)
+        macs = _macs(model, context, batches)
+        weights = weight_costs(coupling, macs)
+        budgeted = weights if self.cost == "macs" and any(macs.values()) else weight_costs(coupling)
+        measured = self.criterion == "obs" and batches is not None
+        chosen = self._widths(coupling, choices, removals, budgeted, outcome, measured=measured)
+        if not chosen:
+            return outcome
         removed = {
-            index: self._least_important(coupling.groups[index], coupling.groups[index].channels - width, moments)
-            for index, width in chosen.items()
+            index: removals[index].order[: coupling.groups[index].channels - width] for index, width in chosen.items()
         }
         teacher = model.copy() if self.recover and batches is not None else None
         before = _parameters(model)
@@ -102,12 +120,15 @@ class PruneChannels(Pass):
             why = "recover is off" if not self.recover else "there is no calibration data"
             outcome.refuse("least-squares", _name(model), f"nothing was refitted: {why}")
         gone = sum(len(channels) for channels in removed.values())
+        counts = {index: len(channels) for index, channels in removed.items()}
+        macs_gone = sum(weight.cost({}) - weight.cost(counts) for weight in weights)
         after = _parameters(model)
         outcome.numbers |= {
             "channels removed": float(gone),
             "share of prunable channels removed": gone / sum(g.channels for g in coupling.groups if not g.frozen),
             "parameters removed": float(before - after),
             "share of parameters removed": (before - after) / max(before, 1),
+            "share of MACs removed (estimate)": macs_gone / max(sum(macs.values()), 1.0),
         }
         return outcome
 
@@ -125,56 +146,62 @@ class PruneChannels(Pass):
                 if pattern is not None and group.frozen is None:
                     group.frozen = f"{node.name!r} is excluded by {pattern!r}"
 
-    def _widths(self, coupling: Coupling, outcome: Outcome) -> dict[int, int]:
-        """Channels to keep, by group; refusals for all groups that stay."""
-        free: list[tuple[int, int, int]] = []
+    def _choices(self, coupling: Coupling, outcome: Outcome) -> dict[int, Choice]:
+        """What widths each group may have; refusals for those that have no choice."""
+        choices: dict[int, Choice] = {}
         for index, group in enumerate(coupling.groups):
             step = width_step(group, self.multiple_of)
+            floor = max(-(-min(self.min_channels, group.channels) // step) * step, step)
             if group.frozen:
                 outcome.refuse(self.name, _title(group), f"{_width(group)} stay: {group.frozen}")
-            elif group.channels <= max(self._floor(group, step), step):
-                outcome.refuse(
-                    self.name,
-                    _title(group),
-                    f"{_width(group)} stay: kept widths are multiples of {self.multiple_of}, not below "
-                    f"{self._floor(group, step)}",
-                )
+            elif group.channels <= floor:
+                why = f"kept widths are multiples of {self.multiple_of}, not below {floor}"
+                outcome.refuse(self.name, _title(group), f"{_width(group)} stay: {why}")
             else:
-                free.append((index, group.channels, step))
-        kept = choose_widths([(n, step) for _, n, step in free], self.ratio, self.min_channels)
-        chosen = {}
-        for (index, channels, _), width in zip(free, kept, strict=True):
-            if width < channels:
-                chosen[index] = width
-            else:
+                choices[index] = Choice(group.channels, step, floor)
+        return choices
+
+    def _widths(
+        self,
+        coupling: Coupling,
+        choices: dict[int, Choice],
+        removals: dict[int, Removal],
+        weights: list[WeightCost],
+        outcome: Outcome,
+        *,
+        measured: bool,
+    ) -> dict[int, int]:
+        """Channels to keep of each group that is cut; refusals for those that turn out to stay whole."""
+        widths = dict(zip(choices, uniform_widths(list(choices.values()), self.ratio), strict=True))
+        why = f"the nearest width that is a multiple of {self.multiple_of} is its own"
+        if measured:
+            uniform = {index: choice.channels - widths[index] for index, choice in choices.items()}
+            losses = {index: removal.losses for index, removal in removals.items()}
+            widths = allocate(choices, losses, weights, sum(weight.cost(uniform) for weight in weights))
+            why = f"other groups lose less for as many {'MACs' if self.cost == 'macs' else self.cost}"
+        for index, choice in choices.items():
+            if widths[index] == choice.channels:
                 group = coupling.groups[index]
-                outcome.refuse(
-                    self.name,
-                    _title(group),
-                    f"{_width(group)} stay: the nearest width that is a multiple of {self.multiple_of} is its own",
-                )
-        return chosen
+                outcome.refuse(self.name, _title(group), f"{_width(group)} stay: {why}")
+        return {index: width for index, width in widths.items() if width < choices[index].channels}
 
-    def _floor(self, group: Group, step: int) -> int:
-        return -(-min(self.min_channels, group.channels) // step) * step
-
-    def _least_important(self, group: Group, count: int, moments: dict[int, Moments]) -> NDArray[np.int64]:
-        gone = obs_removal(group, count, moments) if moments else None
-        return np.argsort(weight_norms(group), kind="stable")[:count] if gone is None else gone
-
-    def _criterion_moments(
+    def _removals(
         self,
         model: Model,
         coupling: Coupling,
-        chosen: dict[int, int],
+        choices: dict[int, Choice],
         batches: Callable[[], Iterable[Feed]] | None,
         seed: int,
-    ) -> dict[int, Moments]:
+    ) -> dict[int, Removal]:
+        """In which order the channels of each group would go."""
+        found = {index: norm_removal(coupling.groups[index]) for index in choices}
         if self.criterion != "obs" or batches is None:
-            return {}
-        nodes = [layer.node for index in chosen for layer, _ in readers(coupling.groups[index])]
-        unique = list({id(node): node for node in nodes}.values())
-        return input_moments(model, unique, batches(), per_sample=self.rows_per_sample, seed=seed)
+            return found
+        nodes = {id(layer.node): layer.node for index in choices for layer, _ in readers(coupling.groups[index])}
+        moments = input_moments(model, list(nodes.values()), batches(), per_sample=self.rows_per_sample, seed=seed)
+        return found | {
+            index: removal for index in choices if (removal := obs_removal(coupling.groups[index], moments)) is not None
+        }
 
     # -------------------------------------------------------------------------------------------------- recovering
 
@@ -233,38 +260,35 @@ class PruneChannels(Pass):
         outcome.numbers["layers refitted"] = float(len(done))
 
 
-def width_step(group: Group, multiple_of: int) -> int:
-    """By how many channels a group may shrink, so that all axes of its weights stay multiples of ``multiple_of``."""
-    step = 1
-    for member in group.weights:
-        step = math.lcm(step, multiple_of // math.gcd(multiple_of, member.positions.shape[1]))
-    return step
-
-
-def choose_widths(groups: list[tuple[int, int]], ratio: float, min_channels: int = 1) -> list[int]:
-    """Channels to keep of each ``(channels, step)``: multiples of the step, in all as near to the ratio as they come.
-
-    What rounding gives one group too much, the next gets less (error diffusion), within its own limits: at least one
-    step and ``min_channels``, at most all channels, which need not be a multiple.
-    """
-    kept = []
-    carry = 0.0
-    for channels, step in groups:
-        wish = (1 - ratio) * channels + carry
-        floor = -(-min(min_channels, channels) // step) * step
-        width = max(math.floor(wish / step + 0.5) * step, floor, step)
-        if width >= channels or (channels % step and abs(channels - wish) < abs(width - wish)):
-            width = channels
-        kept.append(width)
-        carry = wish - width
-        # One group that had no choice must not drag the next ones to an extreme.
-        carry = min(max(carry, -step), step)
-    return kept
-
-
 def _parameters(model: Model) -> int:
     seen = {id(t): t for node in model.graph.nodes for t in node.inputs if isinstance(t, gs.Constant)}
-    return sum(math.prod(int(n) for n in t.shape) for t in seen.values())
+    return sum(_elements(tensor) for tensor in seen.values())
+
+
+def _elements(tensor: gs.Tensor) -> int:
+    return math.prod(int(size) for size in tensor.shape)
+
+
+def _macs(model: Model, context: Context, batches: Callable[[], Iterable[Feed]] | None) -> dict[int, float]:
+    """Multiply-accumulates with each weight, by id of the tensor: of a batch where there is data, else of a sample."""
+    shapes = infer_shapes(model, context.shapes)
+    layers = [node for node in model.graph.nodes if any(_is_weight(tensor) for tensor in node.inputs)]
+    if batches is not None:
+        names = sorted({node.outputs[0].name for node in layers})
+        seen = Session(model, outputs=names).run(next(iter(batches())))
+        shapes.observe(model.graph, {name: value.shape for name, value in seen.items()})
+    found: dict[int, float] = {}
+    for node in layers:
+        weights = [tensor for tensor in node.inputs if _is_weight(tensor)]
+        elements = sum(_elements(tensor) for tensor in weights)
+        for tensor in weights:
+            share = _elements(tensor) / max(elements, 1)
+            found[id(tensor)] = found.get(id(tensor), 0.0) + share * (node_macs(node, shapes) or 0)
+    return found
+
+
+def _is_weight(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) and len(tensor.shape) > 1
 
 
 def _nested_layers(model: Model) -> int:

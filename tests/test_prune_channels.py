@@ -15,7 +15,7 @@ from onnxslim.passes._least_squares import relative_error, solve
 from onnxslim.passes._statistics import Moments, input_moments, linear_layer
 from onnxslim.passes._trunk import Trunk
 from onnxslim.passes.base import Context
-from onnxslim.passes.prune_channels import PruneChannels, choose_widths
+from onnxslim.passes.prune_channels import PruneChannels
 from onnxslim.runtime import Session
 
 
@@ -85,22 +85,6 @@ def residual_net(batch_norm: bool = True, seed: int = 0) -> onnxslim.Model:
 
 
 # ------------------------------------------------------------------------------------------------------------- widths
-
-
-def test_widths_spread_the_rounding():
-    assert choose_widths([(32, 8)] * 5, 0.3) == [24, 24, 16, 24, 24]  # 112 = 0.7 * 160
-    assert choose_widths([(64, 8)], 0.3) == [48]
-    assert choose_widths([(8, 8), (16, 8)], 0.9) == [8, 8]
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(2, 300), st.sampled_from([1, 2, 4, 8, 16])), max_size=12), st.floats(0.02, 0.98))
-def test_widths_are_multiples_and_never_nothing(groups, ratio):
-    kept = choose_widths(groups, ratio, 4)
-    for (channels, step), width in zip(groups, kept, strict=True):
-        assert 0 < width <= channels
-        assert width == channels or width % step == 0
-        assert width == channels or width >= 4
 
 
 def test_kept_widths_are_multiples_of_eight_in_the_model():
