@@ -18,7 +18,8 @@ __all__ = ["Removal", "norm_removal", "obs_removal", "readers", "weight_norms"]
 FloatArray = NDArray[np.float64]
 
 _WIDEST = 4608  # inputs of a layer: 512 channels under a 3x3 kernel, 160 MiB of covariance
-_ROUNDS = 128  # wide groups lose several channels at once, so that the search stays linear in their width
+_NARROW = 1152  # inputs of a layer up to which it costs little to remove one channel at a time
+_ROUNDS, _FEW_ROUNDS = 256, 64  # groups with more channels lose several at once; fewer rounds where a layer is wide
 
 
 def weight_norms(group: Group) -> FloatArray:
@@ -88,12 +89,14 @@ class _Reader:
     Attributes:
         columns: for each channel of the group, where its inputs stand now, ``[channels, each]``.
         scale: variance of its output.
+        gone: which inputs have been taken out, ``[K]``.
     """
 
     inverse: FloatArray
     weight: FloatArray
     columns: NDArray[np.int64]
     scale: float
+    gone: NDArray[np.bool_]
 
     def costs(self, channels: NDArray[np.int64]) -> FloatArray:
         """What each channel would cost alone."""
@@ -106,12 +109,16 @@ class _Reader:
     def remove(self, channels: NDArray[np.int64]) -> None:
         """Take channels out, and let the others make up for them."""
         block = self.columns[channels].reshape(-1)
-        stay = np.ones(len(self.inverse), bool)
-        stay[block] = False
-        update = np.linalg.solve(self.inverse[np.ix_(block, block)], self.inverse[np.ix_(block, stay)])
-        self.weight = self.weight[:, stay] - self.weight[:, block] @ update
-        self.inverse = self.inverse[np.ix_(stay, stay)] - self.inverse[np.ix_(stay, block)] @ update
-        self.columns = np.cumsum(stay)[self.columns] - 1
+        across = self.inverse[:, block].copy()
+        update = np.linalg.solve(across[block], across.T)
+        self.weight -= self.weight[:, block] @ update
+        self.inverse -= across @ update
+        self.gone[block] = True
+        if 4 * int(self.gone.sum()) > len(self.gone):  # what is gone is 0 by now, and costs time
+            stay = np.flatnonzero(~self.gone)
+            self.columns = (np.cumsum(~self.gone) - 1)[self.columns]
+            self.weight, self.inverse = self.weight[:, stay], self.inverse[stay][:, stay]
+            self.gone = self.gone[stay]
 
 
 def obs_removal(group: Group, moments: Mapping[int, Moments], damping: float = 1e-2) -> Removal | None:
@@ -139,13 +146,14 @@ def obs_removal(group: Group, moments: Mapping[int, Moments], damping: float = 1
         inverse = np.linalg.inv(hessian + damping * mean * np.eye(len(hessian)))
         weight = layer.matrices()[0]
         scale = float(np.einsum("ok,ok->", weight @ hessian, weight))
-        found.append(_Reader(inverse, weight, columns, max(scale, 1e-30)))
+        found.append(_Reader(inverse, weight, columns, max(scale, 1e-30), np.zeros(len(inverse), bool)))
     if not found:
         return None
     left = np.arange(group.channels)
     order: list[NDArray[np.int64]] = []
     costs: list[FloatArray] = [np.zeros(1)]
-    at_once = -(-group.channels // _ROUNDS)
+    widest = max(len(reader.inverse) for reader in found)
+    at_once = -(-group.channels // (_ROUNDS if widest <= _NARROW else _FEW_ROUNDS))
     while len(left):
         cost = np.sum([reader.costs(left) for reader in found], axis=0)
         chosen = np.argsort(cost, kind="stable")[:at_once]

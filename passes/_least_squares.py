@@ -99,7 +99,7 @@ class _Task:
             self.seen.add(inputs_, targets, beside)
         turn = (rows.sample + self.samples) % len(self.parts)
         for number, part in enumerate(self.parts):
-            part.add(inputs_[:, turn == number], targets[:, turn == number])
+            part.gather(inputs_[:, turn == number], targets[:, turn == number])
         self.samples += int(rows.sample.max(initial=-1)) + 1
 
 
@@ -146,6 +146,8 @@ def recover(
             for task in tasks:
                 task.observe(x, y[task.target.name], rng, per_sample)
         for task in tasks:
+            for part in task.parts:
+                part.settle()
             refits.append(_refit(model, task, ridge))
             task.parts, task.seen = [], None
         done += len(tasks)

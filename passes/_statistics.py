@@ -111,6 +111,17 @@ class LinearLayer:
         plain = matrices[0] / self._alpha
         return np.ascontiguousarray(plain if self._transposed else plain.T).astype(dtype)
 
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the output for an input of this shape."""
+        groups, outputs, _ = self.shape
+        if not self.spatial:
+            return (*shape[:-1], outputs)
+        begins, ends = self._padding(shape[2:])
+        kernel = [int(d) for d in self.weight.shape[2:]]
+        reach = [(k - 1) * d + 1 for k, d in zip(kernel, self.dilations, strict=True)]
+        axes = zip(shape[2:], begins, ends, reach, self.strides, strict=True)
+        return (shape[0], groups * outputs, *(max(0, (n + a + b - r) // s + 1) for n, a, b, r, s in axes))
+
     def draw(self, output_shape: Sequence[int], rng: np.random.Generator, per_sample: int = ROWS_PER_SAMPLE) -> Rows:
         """Choose rows of one batch by the shape of the layer's output: ``per_sample`` positions of every sample.
 
@@ -223,6 +234,7 @@ class Moments:
     sum_y: FloatArray | None = None
     cross: FloatArray | None = None
     sum_yy: FloatArray | None = None
+    _waiting: list[tuple[Array, Array | None]] = field(default_factory=list, repr=False)
 
     @classmethod
     def empty(cls, groups: int, inputs: int, outputs: int = 0) -> Moments:
@@ -232,6 +244,19 @@ class Moments:
             moments.sum_y, moments.sum_yy = np.zeros((groups, outputs)), np.zeros((groups, outputs))
             moments.cross = np.zeros((groups, inputs, outputs))
         return moments
+
+    def gather(self, x: Array, y: Array | None = None) -> None:
+        """Add rows as `add` does, once there are many: for wide layers that is faster. End with `settle`."""
+        self._waiting.append((x, y))
+        if 2 * sum(rows.shape[1] for rows, _ in self._waiting) >= x.shape[2]:
+            self.settle()
+
+    def settle(self) -> None:
+        """Add the rows that were gathered."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            x, y = ([rows for rows in part if rows is not None] for part in zip(*waiting, strict=True))
+            self.add(np.concatenate(x, axis=1), np.concatenate(y, axis=1) if y else None)
 
     def add(self, x: Array, y: Array | None = None) -> None:
         """Add rows ``x`` ``[G, R, K]`` (and their targets ``[G, R, O]``). Rows that are not finite are left out."""
@@ -337,12 +362,14 @@ def input_moments(
     for key, layer in layers.items():
         groups, _, inputs = layer.shape
         moments[key] = Moments.empty(groups, inputs)
-    names = {tensor.name for layer in layers.values() for tensor in (layer.data, layer.output)}
-    session = Session(model, outputs=sorted(names))
+    session = Session(model, outputs=sorted({layer.data.name for layer in layers.values()}))
     rng = np.random.default_rng(seed)
     for feed in feeds:
         seen = session.run(feed)
         for key, layer in layers.items():
-            rows = layer.draw(seen[layer.output.name].shape, rng, per_sample)
-            moments[key].add(layer.input_rows(seen[layer.data.name], rows))
+            data = seen[layer.data.name]
+            rows = layer.draw(layer.output_shape(data.shape), rng, per_sample)
+            moments[key].gather(layer.input_rows(data, rows))
+    for found in moments.values():
+        found.settle()
     return moments

@@ -2,13 +2,16 @@
 
 A layer-by-layer method needs what enters layer ``i`` once layers ``0 .. i-1`` have their new weights. Running the
 network from the start for each layer costs as many forward passes as it has layers; here every step starts from the
-tensors at which the last one stopped (the cut through the graph behind which nothing is needed any more).
+tensors at which the last one stopped (the cut through the graph behind which nothing is needed any more). Those of the
+first batches are held in memory, those of the others in a temporary file.
 """
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -21,6 +24,49 @@ __all__ = ["Trunk"]
 
 Feed = dict[str, np.ndarray]
 
+_MOST_DISK = 8 << 30  # bytes of one temporary file
+
+
+class _Held:
+    """Feeds to come back to, in order; once the budget is spent, on disk while there is room."""
+
+    def __init__(self, budget: int) -> None:
+        self._memory: list[Feed] = []
+        self._left = budget
+        self._file: IO[bytes] | None = None
+        self._disk: list[list[tuple[str, np.dtype[Any], tuple[int, ...]]]] = []
+        self._room = 0
+
+    def append(self, feed: Feed) -> bool:
+        """Hold one more; False where there is no room for it."""
+        size = sum(value.nbytes for value in feed.values())
+        if self._file is None and size <= self._left:
+            self._memory.append(feed)
+            self._left -= size
+            return True
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it goes with this object
+            # Two of these files are there at a time for each of two models, and others may want to write as well.
+            self._room = min(_MOST_DISK, shutil.disk_usage(tempfile.gettempdir()).free // 8)
+        self._room -= size
+        if self._room < 0 or any(value.dtype.hasobject for value in feed.values()):
+            return False
+        for value in feed.values():
+            np.ascontiguousarray(value).tofile(self._file)
+        self._disk.append([(name, value.dtype, value.shape) for name, value in feed.items()])
+        return True
+
+    def __iter__(self) -> Iterator[Feed]:
+        yield from self._memory
+        if self._file is None:
+            return
+        self._file.seek(0)
+        for entries in self._disk:
+            yield {
+                name: np.fromfile(self._file, dtype, int(np.prod(shape))).reshape(shape)
+                for name, dtype, shape in entries
+            }
+
 
 class Trunk:
     """A model run piece by piece over the same batches.
@@ -28,14 +74,16 @@ class Trunk:
     Args:
         model: whose nodes before the last `step` must not change any more; later ones may.
         batches: yields the feeds anew at each call.
-        budget: bytes of tensors to hold between steps; above it a step starts further back, at the inputs if need be.
+        budget: bytes of tensors to hold in memory between steps. Above it, and above what there is room for on the disk
+            of temporary files, a step starts further back, at the inputs if need be.
     """
 
     def __init__(self, model: Model, batches: Callable[[], Iterable[Feed]], budget: int = 1 << 29) -> None:
         self._model = model
         self._batches = batches
         self._budget = budget
-        self._held: list[Feed] | None = None  # None: the feeds themselves
+        self._held: _Held | None = None  # None: the feeds themselves
+        self._types: dict[str, np.dtype[Any]] = {}  # of what is held
         self._done: set[int] = set()
 
     def step(self, wanted: Sequence[str]) -> Iterator[Feed]:
@@ -46,26 +94,26 @@ class Trunk:
         """
         nodes = self._model.graph.nodes
         maker = {tensor.name: index for index, node in enumerate(nodes) for tensor in node.outputs}
-        held = set(self._held[0]) if self._held else set()
+        held = set(self._types)
         needed = self._ancestors(wanted, maker, held)
         ahead = self._done | needed
         frontier = self._frontier(ahead, held)
         made = {name for index in needed for name in _made(nodes[index])}
         session = self._segment(needed, sorted({*wanted, *frontier} & made))
-        kept: list[Feed] | None = []
-        size = 0
+        kept: _Held | None = _Held(self._budget)
+        types: dict[str, np.dtype[Any]] = {}
         for batch in self._held if self._held is not None else self._batches():
             values = dict(batch)
             if session is not None:
                 values |= session.run({name: batch[name] for name in session.inputs if name in batch})
             yield {name: values[name] for name in wanted}
             if kept is not None:
-                kept.append({name: values[name] for name in frontier if name in values})
-                size += sum(value.nbytes for value in kept[-1].values())
-                if size > self._budget:
+                behind = {name: values[name] for name in frontier if name in values}
+                types = {name: value.dtype for name, value in behind.items()}
+                if not kept.append(behind):
                     kept = None
-        if kept:
-            self._held, self._done = kept, ahead
+        if kept is not None and types:
+            self._held, self._types, self._done = kept, types, ahead
 
     def _ancestors(self, wanted: Iterable[str], maker: dict[str, int], held: set[str]) -> set[int]:
         """Nodes that must run to get from the held tensors to the wanted ones."""
@@ -110,7 +158,7 @@ class Trunk:
         for name, tensor in tensors.items():
             if name not in made and name not in known and isinstance(tensor, gs.Variable) and not tensor.is_empty():
                 tensor.__dict__.pop("info", None)
-                tensor.dtype = self._held[0][name].dtype if self._held else None
+                tensor.dtype = self._types.get(name)
                 tensor.shape = None
                 entering.append(tensor)
         part.graph.inputs = entering

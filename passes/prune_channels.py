@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
-from typing import ClassVar, Literal
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -24,12 +24,16 @@ from onnxslim.passes._widths import Choice, WeightCost, allocate, uniform_widths
 from onnxslim.passes.base import Context, Outcome, Pass
 from onnxslim.runtime import Session
 
+if TYPE_CHECKING:
+    from onnxslim.data import Dataset
+
 __all__ = ["PruneChannels"]
 
 Feed = dict[str, np.ndarray]
 Criterion = Literal["norm", "obs"]
 
-_BATCH = 32
+_BATCH = 32  # samples at most
+_BATCH_BYTES = 256 << 20  # of what all layers give for a batch
 _WEAKEST = 0.05
 
 
@@ -97,9 +101,10 @@ class PruneChannels(Pass):
             if not outcome.refusals:
                 outcome.refuse(self.name, _name(model), "it has no layer with constant weights to prune")
             return outcome
-        batches = self._batches(context)
+        data = None if context.calibration is None else context.calibration.take(self.max_samples)
+        macs, size = _costs(model, coupling, context, data)
+        batches = None if data is None else partial(data.batches, max(1, min(_BATCH, _BATCH_BYTES // max(size, 1))))
         removals = self._removals(model, coupling, choices, batches, context.seed)
-        macs = _macs(model, context, batches)
         weights = weight_costs(coupling, macs)
         budgeted = weights if self.cost == "macs" and any(macs.values()) else weight_costs(coupling)
         measured = self.criterion == "obs" and batches is not None
@@ -205,17 +210,6 @@ class PruneChannels(Pass):
 
     # -------------------------------------------------------------------------------------------------- recovering
 
-    def _batches(self, context: Context) -> Callable[[], Iterable[Feed]] | None:
-        data = context.calibration
-        if data is None:
-            return None
-        part = data.take(self.max_samples)
-
-        def batches() -> Iterator[Feed]:
-            yield from islice(part.batches(_BATCH), self.max_samples)
-
-        return batches
-
     def _recover(
         self,
         model: Model,
@@ -269,14 +263,19 @@ def _elements(tensor: gs.Tensor) -> int:
     return math.prod(int(size) for size in tensor.shape)
 
 
-def _macs(model: Model, context: Context, batches: Callable[[], Iterable[Feed]] | None) -> dict[int, float]:
-    """Multiply-accumulates with each weight, by id of the tensor: of a batch where there is data, else of a sample."""
+def _costs(model: Model, coupling: Coupling, context: Context, data: Dataset | None) -> tuple[dict[int, float], int]:
+    """Multiply-accumulates with each weight, by id of the tensor, and bytes that all layers give for a feed.
+
+    Of the first feed where there is data, else of a sample and 0.
+    """
     shapes = infer_shapes(model, context.shapes)
-    layers = [node for node in model.graph.nodes if any(_is_weight(tensor) for tensor in node.inputs)]
-    if batches is not None:
-        names = sorted({node.outputs[0].name for node in layers})
-        seen = Session(model, outputs=names).run(next(iter(batches())))
+    layers = list({id(use.node): use.node for use in coupling.uses}.values())
+    size = 0
+    if data is not None:
+        names = sorted({tensor.name for node in layers for tensor in node.outputs if not tensor.is_empty()})
+        seen = Session(model, outputs=names).run(next(iter(data)))
         shapes.observe(model.graph, {name: value.shape for name, value in seen.items()})
+        size = sum(value.nbytes for value in seen.values())
     found: dict[int, float] = {}
     for node in layers:
         weights = [tensor for tensor in node.inputs if _is_weight(tensor)]
@@ -284,7 +283,7 @@ def _macs(model: Model, context: Context, batches: Callable[[], Iterable[Feed]] 
         for tensor in weights:
             share = _elements(tensor) / max(elements, 1)
             found[id(tensor)] = found.get(id(tensor), 0.0) + share * (node_macs(node, shapes) or 0)
-    return found
+    return found, size
 
 
 def _is_weight(tensor: gs.Tensor) -> bool:

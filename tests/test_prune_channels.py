@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx
 import pytest
@@ -11,6 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnxslim
 from onnxslim.data import open_dataset
+from onnxslim.graph.cost import layer_costs
+from onnxslim.graph.coupling import couple
+from onnxslim.passes._channel_scores import obs_removal
 from onnxslim.passes._least_squares import relative_error, solve
 from onnxslim.passes._statistics import Moments, input_moments, linear_layer
 from onnxslim.passes._trunk import Trunk
@@ -187,6 +192,35 @@ def test_a_weight_of_two_layers_is_cut_but_not_refitted():
     assert run(model, {"x": np.zeros((1, 3, 8, 8), np.float32)}).shape == (1, 3)
 
 
+@pytest.mark.parametrize("cost", ["macs", "parameters"])
+def test_the_budget_is_that_of_a_uniform_cut(cost):
+    """Early layers cost MACs and late ones parameters; with data the cut is not uniform, and costs no more."""
+    rng = np.random.default_rng(0)
+    nodes, weights, source, widths = [], {}, "x", [3, 32, 64, 64, 128]
+    for index, (cin, cout) in enumerate(itertools.pairwise(widths)):
+        weights |= {f"w{index}": rng.standard_normal((cout, cin, 3, 3)) / cin, f"b{index}": rng.standard_normal(cout)}
+        stride = [1 + (index > 0)] * 2
+        inputs = [source, f"w{index}", f"b{index}"]
+        nodes.append(helper.make_node("Conv", inputs, [f"c{index}"], name=f"c{index}", pads=[1] * 4, strides=stride))
+        nodes.append(helper.make_node("Relu", [f"c{index}"], [source := f"r{index}"]))
+    weights |= {"fc": rng.standard_normal((128, 5))}
+    nodes += [helper.make_node("ReduceMean", [source], ["m"], axes=[2, 3], keepdims=0)]
+    nodes += [helper.make_node("MatMul", ["m", "fc"], ["y"], name="fc")]
+    shape = [("x", ["N", 3, 16, 16])]
+    feeds = data(build(nodes, weights, shape), 64)
+    costs, kept = {}, {}
+    for context, criterion in ((Context(), "norm"), (Context(calibration=feeds), "obs")):
+        model = build(nodes, weights, shape)
+        outcome = PruneChannels(ratio=0.4, cost=cost, criterion=criterion).run(model, context)
+        layers = layer_costs(model, {"x": [1, 3, 16, 16]})
+        costs[criterion] = sum((layer.macs or 0) if cost == "macs" else layer.parameters for layer in layers)
+        kept[criterion] = [node.inputs[1].shape[0] for node in model.graph.nodes if node.op == "Conv"]
+        assert 0.1 < outcome.numbers["share of MACs removed (estimate)"] < 0.8
+    assert kept["norm"] == [16, 40, 40, 80]
+    assert kept["obs"] != kept["norm"]
+    assert costs["obs"] <= costs["norm"] * 1.001
+
+
 # -------------------------------------------------------------------------------------------------------- what it says
 
 
@@ -262,6 +296,7 @@ def test_rows_of_a_convolution_give_its_output(draw):
     x = rng.standard_normal((3, cin, *[7] * rank)).astype(np.float32)
     y = run(model, {"x": x})
     layer = linear_layer(model.graph.nodes[0])
+    assert layer.output_shape(x.shape) == y.shape
     rows = layer.draw(y.shape, rng, per_sample=6)
     mine = np.einsum("gok,grk->gro", layer.matrices(), layer.input_rows(x, rows))
     bias = weights["b"].reshape(groups, 1, -1)
@@ -284,6 +319,55 @@ def test_moments_of_a_matrix_product(op, attrs):
     np.testing.assert_allclose(seen.covariance[0], np.cov(rows.T, bias=True), atol=1e-5)
 
 
+def test_gathered_rows_count_as_added_ones():
+    rng = np.random.default_rng(0)
+    for targets in (0, 3):
+        added, gathered = (Moments.empty(2, 50, targets) for _ in range(2))
+        for rows in (1, 20, 7, 40, 2):
+            x = rng.standard_normal((2, rows, 50)) + 2
+            y = rng.standard_normal((2, rows, targets)) if targets else None
+            added.add(x, y)
+            gathered.gather(x, y)
+        assert gathered.count < added.count == 70  # some wait
+        gathered.settle()
+        gathered.settle()
+        assert gathered.count == 70
+        np.testing.assert_allclose(gathered.covariance, added.covariance, atol=1e-9)
+        if targets:
+            np.testing.assert_allclose(gathered.cross_covariance, added.cross_covariance, atol=1e-9)
+
+
+def test_order_of_removal_makes_the_most_of_what_stays():
+    """Losses are those of a least-squares fit on what is left, and below those of any other order that is tried."""
+    rng = np.random.default_rng(1)
+    nodes = [
+        helper.make_node("Gemm", ["x", "a"], ["h"], name="first"),
+        helper.make_node("Gemm", ["h", "b"], ["y"], name="second"),
+    ]
+    weights = {"a": rng.standard_normal((12, 9)), "b": rng.standard_normal((9, 5))}
+    model = build(nodes, weights, [("x", ["N", 12])])
+    coupling = couple(model)
+    (index,) = (i for i, group in enumerate(coupling.groups) if group.frozen is None)
+    second = model.graph.nodes[1]
+    rows = rng.standard_normal((500, 12)).astype(np.float32)
+    moments = input_moments(model, [second], [{"x": rows}])
+    removal = obs_removal(coupling.groups[index], moments, damping=1e-9)
+    assert sorted(removal.order.tolist()) == list(range(9))
+    covariance, weight = moments[id(second)].covariance[0], linear_layer(second).matrices()[0]
+
+    def loss(gone):
+        kept = np.setdiff1d(np.arange(9), gone)
+        fit = np.linalg.solve(covariance[np.ix_(kept, kept)], covariance[kept] @ weight.T).T
+        rest = weight.copy()
+        rest[:, kept] -= fit
+        return np.einsum("ok,kl,ol->", rest, covariance, rest) / np.einsum("ok,kl,ol->", weight, covariance, weight)
+
+    for count in range(1, 8):
+        assert removal.losses[count] == pytest.approx(loss(removal.order[:count]), rel=1e-4)
+    others = [loss(rng.permutation(9)[:4]) for _ in range(50)]
+    assert removal.losses[4] <= min(others) * 1.05
+
+
 def test_solve_is_least_squares_and_keeps_dead_inputs():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 500, 7))
@@ -298,22 +382,26 @@ def test_solve_is_least_squares_and_keeps_dead_inputs():
     assert relative_error(moments, fitted) < 1e-6 < relative_error(moments, start)
 
 
-def test_steps_of_a_trunk_see_new_weights_and_held_tensors():
-    for budget in (1 << 30, 0):  # holding everything, and going back to the inputs each time
-        model = residual_net()
-        feeds = [{"x": x} for x in np.random.default_rng(0).standard_normal((3, 2, 3, 8, 8)).astype(np.float32)]
-        trunk = Trunk(model, lambda feeds=feeds: feeds, budget)
-        first = list(trunk.step(["r0"]))
-        layer = next(n for n in model.graph.nodes if n.name == "c1")
-        layer.inputs[1].values = layer.inputs[1].values * 2
-        second, third = list(trunk.step(["r1", "r0"])), list(trunk.step(["y"]))
-        session = Session(model, outputs=["r0", "r1", "y"])
-        for feed, a, b, c in zip(feeds, first, second, third, strict=True):
-            want = session.run(feed)
-            np.testing.assert_allclose(a["r0"], want["r0"], atol=1e-5)
-            np.testing.assert_allclose(b["r1"], want["r1"], atol=1e-5)
-            np.testing.assert_allclose(b["r0"], want["r0"], atol=1e-5)
-            np.testing.assert_allclose(c["y"], want["y"], atol=1e-5)
+@pytest.mark.parametrize(
+    ("budget", "disk"), [(1 << 30, 1 << 30), (20_000, 1 << 30), (0, 1 << 30), (20_000, 30_000), (0, 0)]
+)
+def test_steps_of_a_trunk_see_new_weights_and_held_tensors(budget, disk, monkeypatch):
+    """Holding all in memory, some on disk, all on disk, some nowhere, and going back to the inputs each time."""
+    monkeypatch.setattr("onnxslim.passes._trunk._MOST_DISK", disk)
+    model = residual_net()
+    feeds = [{"x": x} for x in np.random.default_rng(0).standard_normal((3, 2, 3, 8, 8)).astype(np.float32)]
+    trunk = Trunk(model, lambda feeds=feeds: feeds, budget)
+    first = list(trunk.step(["r0"]))
+    layer = next(n for n in model.graph.nodes if n.name == "c1")
+    layer.inputs[1].values = layer.inputs[1].values * 2
+    second, third = list(trunk.step(["r1", "r0"])), list(trunk.step(["y"]))
+    session = Session(model, outputs=["r0", "r1", "y"])
+    for feed, a, b, c in zip(feeds, first, second, third, strict=True):
+        want = session.run(feed)
+        np.testing.assert_allclose(a["r0"], want["r0"], atol=1e-5)
+        np.testing.assert_allclose(b["r1"], want["r1"], atol=1e-5)
+        np.testing.assert_allclose(b["r0"], want["r0"], atol=1e-5)
+        np.testing.assert_allclose(c["y"], want["y"], atol=1e-5)
 
 
 def test_pruned_file_is_valid(tmp_path):
