@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +11,17 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxslim.graph.coupling import Group, Member
-from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
+from onnxslim.model import Model
+from onnxslim.passes._statistics import LinearLayer, Moments, input_moments, linear_layer
+from onnxslim.runtime import Feed, Session
 
-__all__ = ["Removal", "norm_removal", "obs_removal", "readers", "weight_norms"]
+__all__ = ["Reader", "Removal", "norm_removal", "obs_removal", "reader_moments", "readers", "weight_norms"]
 
 FloatArray = NDArray[np.float64]
 
 _WIDEST = 4608  # inputs of a layer: 512 channels under a 3x3 kernel, 160 MiB of covariance
+_SLOTS = 8  # positions of the kernel that a wide layer is looked at
+_LEAST_LEFT = 1e-3
 _NARROW = 1152  # inputs of a layer up to which it costs little to remove one channel at a time
 _ROUNDS, _FEW_ROUNDS = 256, 64  # groups with more channels lose several at once; fewer rounds where a layer is wide
 
@@ -43,22 +47,89 @@ def _slice_norms(member: Member) -> FloatArray:
     return scores
 
 
-def readers(group: Group) -> list[tuple[LinearLayer, NDArray[np.int64]]]:
-    """Layers that sum over the group's channels, with the columns ``[channels, each]`` of their matrix.
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A layer that sums over a group's channels.
 
-    Grouped convolutions are left out: their columns belong to different outputs. So are very wide layers, whose
-    covariance would cost more than it tells.
+    Attributes:
+        layer: the layer.
+        columns: of its matrix, those that read a channel, ``[channels, each]``.
     """
+
+    layer: LinearLayer
+    columns: NDArray[np.int64]
+
+    @property
+    def wide(self) -> bool:
+        """Whether the covariance of all its inputs would cost more than it tells.
+
+        Its channels are then seen together at one position of the kernel (one element of a flattened map) at a time,
+        as if each were a layer of its own: they make up for each other, but not one position for another.
+        """
+        return self.layer.shape[2] > _WIDEST
+
+    def matrix(self) -> FloatArray:
+        """The weight over what covariances are of: ``[O, K]``, or ``[O * each, channels]`` of a wide layer."""
+        matrix: FloatArray = self.layer.matrices()[0]
+        if not self.wide:
+            return matrix
+        return np.ascontiguousarray(matrix[:, self.columns].transpose(0, 2, 1)).reshape(-1, len(self.columns))
+
+    @property
+    def own(self) -> NDArray[np.int64]:
+        """The columns of `matrix` that read a channel, ``[channels, each]``."""
+        return np.arange(len(self.columns))[:, None] if self.wide else self.columns
+
+
+def readers(group: Group) -> list[Reader]:
+    """Layers that sum over the group's channels; grouped convolutions aside, whose columns are of different outputs."""
     positions = {member.axis: member.positions for member in group.members}
     found = []
     for use in group.uses:
         layer = None if use.makes else linear_layer(use.node)
-        if layer is None or layer.groups != 1 or id(layer.weight) != use.axis[0] or layer.shape[2] > _WIDEST:
+        if layer is None or layer.groups != 1 or id(layer.weight) != use.axis[0]:
             continue
         taps = math.prod(int(n) for n in layer.weight.shape[2:]) if layer.spatial else 1
         columns = positions[use.axis][:, :, None] * taps + np.arange(taps)
-        found.append((layer, columns.reshape(group.channels, -1)))
+        found.append(Reader(layer, columns.reshape(group.channels, -1)))
     return found
+
+
+def reader_moments(
+    model: Model, found: Sequence[Reader], feeds: Callable[[], Iterable[Feed]], *, per_sample: int, seed: int
+) -> dict[Reader, Moments]:
+    """What readers get, over the columns of their `matrix`; a pass over the data, and one more for wide readers.
+
+    Raises:
+        SlimError: the model does not run on the feeds.
+    """
+    narrow = {id(reader.layer.node): reader.layer.node for reader in found if not reader.wide}
+    seen = input_moments(model, list(narrow.values()), feeds(), per_sample=per_sample, seed=seed) if narrow else {}
+    moments = {reader: seen[id(reader.layer.node)] for reader in found if not reader.wide}
+    wide = [reader for reader in found if reader.wide]
+    if not wide:
+        return moments
+    slots = {reader: _slots(reader) for reader in wide}
+    moments |= {reader: Moments.empty(1, len(reader.columns)) for reader in wide}
+    session = Session(model, outputs=sorted({reader.layer.data.name for reader in wide}))
+    rng = np.random.default_rng(seed)
+    for feed in feeds():
+        values = session.run(feed)
+        for reader in wide:
+            data = values[reader.layer.data.name]
+            rows = reader.layer.draw(reader.layer.output_shape(data.shape), rng, per_sample)
+            inputs = reader.layer.input_rows(data, rows)[0][:, slots[reader]]  # [rows, channels, slots]
+            moments[reader].gather(inputs.transpose(0, 2, 1).reshape(1, -1, len(reader.columns)))
+    for reader in wide:
+        moments[reader].settle()
+    return moments
+
+
+def _slots(reader: Reader) -> NDArray[np.int64]:
+    """The columns of some positions of the kernel, spread over all of it, ``[channels, slots]``."""
+    each = reader.columns.shape[1]
+    spread: NDArray[np.int64] = reader.columns[:, np.unique(np.linspace(0, each - 1, _SLOTS).astype(int))]
+    return spread
 
 
 @dataclass(frozen=True)
@@ -67,8 +138,8 @@ class Removal:
 
     Attributes:
         order: channels, the one that goes first at the front, ``[channels]``.
-        losses: ``losses[n]``: relative error that the layers that read the group are left with when ``n`` are gone,
-            summed over these layers, ``[channels + 1]``.
+        losses: ``losses[n]``: what is lost when ``n`` are gone, ``[channels + 1]``: ``-log(1 - error)`` of each layer
+            that reads the group, summed over these layers; from the weights alone, the share of them that went.
     """
 
     order: NDArray[np.int64]
@@ -83,8 +154,8 @@ def norm_removal(group: Group) -> Removal:
 
 
 @dataclass
-class _Reader:
-    """A layer that reads the group: its inputs that are left, ``inv(H)`` over them, and its weight as it makes up.
+class _State:
+    """What has become of a reader: its inputs that are left, ``inv(H)`` over them, and its weight as it makes up.
 
     Attributes:
         columns: for each channel of the group, where its inputs stand now, ``[channels, each]``.
@@ -121,7 +192,9 @@ class _Reader:
             self.gone = self.gone[stay]
 
 
-def obs_removal(group: Group, moments: Mapping[int, Moments], damping: float = 1e-2) -> Removal | None:
+def obs_removal(
+    group: Group, found: Sequence[Reader], moments: Mapping[Reader, Moments], damping: float = 1e-2
+) -> Removal | None:
     """In which order the channels of a group are best removed; None without statistics of any reader.
 
     Optimal brain surgeon on the input of every layer that reads the group: removing the columns ``c`` of a layer with
@@ -131,35 +204,35 @@ def obs_removal(group: Group, moments: Mapping[int, Moments], damping: float = 1
 
     Args:
         group: the channels.
-        moments: of the inputs of its readers in the original model, by ``id(node)``.
+        found: its readers.
+        moments: of their inputs in the original model.
         damping: added to the diagonal of ``H``, in units of its mean.
     """
-    found = []
-    for layer, columns in readers(group):
-        seen = moments.get(id(layer.node))
-        if seen is None or seen.count == 0:
-            continue
+    states = []
+    for reader in found:
+        seen = moments[reader]
         hessian = seen.covariance[0]
         mean = float(np.diagonal(hessian).mean())
-        if not np.isfinite(mean) or mean <= 0:
+        if seen.count == 0 or not np.isfinite(mean) or mean <= 0:
             continue
         inverse = np.linalg.inv(hessian + damping * mean * np.eye(len(hessian)))
-        weight = layer.matrices()[0]
+        weight = reader.matrix()
         scale = float(np.einsum("ok,ok->", weight @ hessian, weight))
-        found.append(_Reader(inverse, weight, columns, max(scale, 1e-30), np.zeros(len(inverse), bool)))
-    if not found:
+        states.append(_State(inverse, weight, reader.own, max(scale, 1e-30), np.zeros(len(inverse), bool)))
+    if not states:
         return None
     left = np.arange(group.channels)
     order: list[NDArray[np.int64]] = []
-    costs: list[FloatArray] = [np.zeros(1)]
-    widest = max(len(reader.inverse) for reader in found)
+    costs: list[FloatArray] = [np.zeros((len(states), 1))]
+    widest = max(len(state.inverse) for state in states)
     at_once = -(-group.channels // (_ROUNDS if widest <= _NARROW else _FEW_ROUNDS))
     while len(left):
-        cost = np.sum([reader.costs(left) for reader in found], axis=0)
-        chosen = np.argsort(cost, kind="stable")[:at_once]
+        cost = np.stack([state.costs(left) for state in states])
+        chosen = np.argsort(cost.sum(axis=0), kind="stable")[:at_once]
         order.append(left[chosen])
-        costs.append(np.maximum(cost[chosen], 0.0))
+        costs.append(np.maximum(cost[:, chosen], 0.0))
         left = np.delete(left, chosen)
-        for reader in found:
-            reader.remove(order[-1])
-    return Removal(np.concatenate(order), np.cumsum(np.concatenate(costs)))
+        for state in states:
+            state.remove(order[-1])
+    errors = np.cumsum(np.concatenate(costs, axis=1), axis=1)
+    return Removal(np.concatenate(order), -np.log(np.maximum(1 - errors, _LEAST_LEFT)).sum(axis=0))

@@ -108,8 +108,8 @@ def allocate(
     losses: Mapping[int, FloatArray],
     weights: Sequence[WeightCost],
     budget: float,
-) -> dict[int, int]:
-    """Channels to keep of each group, so that the cost is within the budget and the summed loss small.
+) -> list[dict[int, int]]:
+    """Channels to keep of each group, so that the cost is within the budget and the summed loss small: two proposals.
 
     Args:
         choices: the widths that groups may have, by group.
@@ -118,35 +118,62 @@ def allocate(
         budget: the total to come down to; where even the floors are above it, those are taken.
 
     The step with the least loss for its saving is taken, until the budget is kept; what it then leaves is given back
-    to those groups that lost most for it.
+    to those groups that lost most for it. Once with all that a step saves as its merit, and once with no more than is
+    still to be saved, which spares a group whose one step is as large as the budget.
     """
-    removed = dict.fromkeys(choices, 0)
     touched = {group: [w for w in weights if any(group in axis for axis in w.positions)] for group in choices}
-    total = sum(weight.cost({}) for weight in weights)
+    plans = [_Plan(dict(choices), losses, touched, sum(weight.cost({}) for weight in weights)) for _ in range(2)]
+    for plan, capped in zip(plans, (False, True), strict=True):
+        plan.shrink(budget, capped=capped)
+        plan.give_back(budget)
+    return [{group: choice.channels - plan.removed[group] for group, choice in choices.items()} for plan in plans]
 
-    def turn(group: int, width: int) -> tuple[float, float]:
+
+@dataclass
+class _Plan:
+    """What has been taken from each group so far."""
+
+    choices: dict[int, Choice]
+    losses: Mapping[int, FloatArray]
+    touched: Mapping[int, list[WeightCost]]
+    total: float
+    removed: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.removed = dict.fromkeys(self.choices, 0)
+
+    def _turn(self, group: int, width: int) -> tuple[float, float]:
         """Change of the cost and of the loss when a group gets another width."""
-        before, after = removed[group], choices[group].channels - width
-        cost = -sum(weight.cost(removed) for weight in touched[group])
-        removed[group] = after
-        cost += sum(weight.cost(removed) for weight in touched[group])
-        removed[group] = before
-        return cost, float(losses[group][after] - losses[group][before])
+        before, after = self.removed[group], self.choices[group].channels - width
+        cost = -sum(weight.cost(self.removed) for weight in self.touched[group])
+        self.removed[group] = after
+        cost += sum(weight.cost(self.removed) for weight in self.touched[group])
+        self.removed[group] = before
+        return cost, float(self.losses[group][after] - self.losses[group][before])
 
-    while total > budget:
-        steps = [(g, width) for g, c in choices.items() if (width := c.narrower(c.channels - removed[g])) is not None]
-        if not steps:
-            break
-        turns = [turn(*step) for step in steps]
-        best = min(range(len(steps)), key=lambda i: max(turns[i][1], 0.0) / max(-turns[i][0], 1e-30))
-        removed[steps[best][0]] = choices[steps[best][0]].channels - steps[best][1]
-        total += turns[best][0]
-    while True:
-        steps = [(g, width) for g, c in choices.items() if (width := c.wider(c.channels - removed[g])) is not None]
-        turns = [turn(*step) for step in steps]
-        fits = [i for i, (cost, _) in enumerate(turns) if total + cost <= budget]
-        if not fits:
-            return {group: choice.channels - removed[group] for group, choice in choices.items()}
-        best = max(fits, key=lambda i: -turns[i][1] / max(turns[i][0], 1e-30))
-        removed[steps[best][0]] = choices[steps[best][0]].channels - steps[best][1]
-        total += turns[best][0]
+    def _turns(self, *, wider: bool) -> list[tuple[int, int, float, float]]:
+        """Group, width, and the changes of cost and loss, of each step that can be taken."""
+        found = []
+        for group, choice in self.choices.items():
+            now = choice.channels - self.removed[group]
+            width = choice.wider(now) if wider else choice.narrower(now)
+            if width is not None:
+                found.append((group, width, *self._turn(group, width)))
+        return found
+
+    def _take(self, group: int, width: int, cost: float) -> None:
+        self.removed[group] = self.choices[group].channels - width
+        self.total += cost
+
+    def shrink(self, budget: float, *, capped: bool) -> None:
+        """Take steps until the budget is kept."""
+        while self.total > budget and (turns := self._turns(wider=False)):
+            missing = self.total - budget if capped else np.inf
+            group, width, cost, _ = min(turns, key=lambda turn: max(turn[3], 0.0) / max(min(-turn[2], missing), 1e-30))
+            self._take(group, width, cost)
+
+    def give_back(self, budget: float) -> None:
+        """Take steps back while the budget allows it."""
+        while turns := [turn for turn in self._turns(wider=True) if self.total + turn[2] <= budget]:
+            group, width, cost, _ = max(turns, key=lambda turn: -turn[3] / max(turn[2], 1e-30))
+            self._take(group, width, cost)

@@ -6,6 +6,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -18,8 +19,9 @@ from onnxslim.graph.coupling import Coupling, Cut, Group, couple, cut
 from onnxslim.graph.shapes import infer_shapes
 from onnxslim.graph.walk import hoist_constants
 from onnxslim.model import Model
-from onnxslim.passes._channel_scores import Removal, norm_removal, obs_removal, readers
-from onnxslim.passes._statistics import LinearLayer, input_moments
+from onnxslim.passes._channel_scores import Removal, norm_removal, obs_removal, reader_moments, readers
+from onnxslim.passes._correction import Judge
+from onnxslim.passes._statistics import LinearLayer
 from onnxslim.passes._widths import Choice, WeightCost, allocate, uniform_widths, weight_costs, width_step
 from onnxslim.passes.base import Context, Outcome, Pass
 from onnxslim.runtime import Session
@@ -34,6 +36,8 @@ Criterion = Literal["norm", "obs"]
 
 _BATCH = 32  # samples at most
 _BATCH_BYTES = 256 << 20  # of what all layers give for a batch
+_TRIED, _JUDGED = 4, 2  # batches: proposals of widths are refitted on these, and judged by those
+_CLEARLY_BETTER = 0.9  # of the first proposal's error: what so few samples tell apart
 _WEAKEST = 0.05
 
 
@@ -46,7 +50,8 @@ class PruneChannels(Pass):
     slower than one with 128.
 
     How much goes from which group is one budget for the whole network: with calibration data, groups whose readers can
-    make up for it lose more, and others less; without, all lose the same share.
+    make up for it lose more, and others less (a few ways to share are tried on a part of the data); without, all lose
+    the same share.
 
     With calibration data (no labels) every layer behind a cut is refitted by least squares, in topological order, with
     the model as it was before as the teacher (He et al. 2017, arXiv 1707.06168). Without data the cut stays as it is,
@@ -108,17 +113,19 @@ class PruneChannels(Pass):
         weights = weight_costs(coupling, macs)
         budgeted = weights if self.cost == "macs" and any(macs.values()) else weight_costs(coupling)
         measured = self.criterion == "obs" and batches is not None
-        chosen = self._widths(coupling, choices, removals, budgeted, outcome, measured=measured)
-        if not chosen:
+        proposals = self._proposals(choices, removals, budgeted, measured=measured)
+        widths = proposals[0]
+        if batches is not None and self.recover and len(proposals) > 1:
+            widths = self._best(model, proposals, removals, batches, context.seed)
+        self._refuse_whole(coupling, choices, widths, outcome, measured=measured)
+        removed = _removed(coupling, removals, widths)
+        if not removed:
             return outcome
-        removed = {
-            index: removals[index].order[: coupling.groups[index].channels - width] for index, width in chosen.items()
-        }
         teacher = model.copy() if self.recover and batches is not None else None
         before = _parameters(model)
         plan = cut(model, coupling, removed)
-        for index, width in chosen.items():
-            outcome.change(self.name, _title(coupling.groups[index]), _told(coupling.groups[index], width))
+        for index in removed:
+            outcome.change(self.name, _title(coupling.groups[index]), _told(coupling.groups[index], widths[index]))
         if teacher is not None and batches is not None:
             self._recover(model, teacher, coupling, plan, batches, context, outcome)
         else:
@@ -166,29 +173,63 @@ class PruneChannels(Pass):
                 choices[index] = Choice(group.channels, step, floor)
         return choices
 
-    def _widths(
+    def _proposals(
+        self, choices: dict[int, Choice], removals: dict[int, Removal], weights: list[WeightCost], *, measured: bool
+    ) -> list[dict[int, int]]:
+        """Channels to keep of each group: ways that cost no more than a uniform cut, the likeliest first."""
+        uniform = dict(zip(choices, uniform_widths(list(choices.values()), self.ratio), strict=True))
+        if not measured:
+            return [uniform]
+        removed = {index: choice.channels - uniform[index] for index, choice in choices.items()}
+        losses = {index: removal.losses for index, removal in removals.items()}
+        budget = sum(weight.cost(removed) for weight in weights)
+        found: list[dict[int, int]] = []
+        for widths in (*allocate(choices, losses, weights, budget), uniform):
+            if widths not in found:
+                found.append(widths)
+        return found
+
+    def _best(
+        self,
+        model: Model,
+        proposals: list[dict[int, int]],
+        removals: dict[int, Removal],
+        batches: Callable[[], Iterable[Feed]],
+        seed: int,
+    ) -> dict[int, int]:
+        """The proposal that leaves least error when tried on a part of the data; the first unless clearly beaten."""
+        part = list(islice(batches(), _TRIED + _JUDGED))
+        fit, held = part[: len(part) * _TRIED // (_TRIED + _JUDGED)], part[len(part) * _TRIED // (_TRIED + _JUDGED) :]
+        if not fit:
+            return proposals[0]
+        judge = Judge.of(model, held)
+        errors = []
+        for widths in proposals:
+            trial = model.copy()
+            coupling = couple(trial)
+            plan = cut(trial, coupling, _removed(coupling, removals, widths))
+            self._recover(trial, model, coupling, plan, lambda: fit, Context(seed=seed), Outcome())
+            errors.append(judge.error(trial))
+        least = int(np.argmin(errors))
+        return proposals[least if errors[least] < _CLEARLY_BETTER * errors[0] else 0]
+
+    def _refuse_whole(
         self,
         coupling: Coupling,
         choices: dict[int, Choice],
-        removals: dict[int, Removal],
-        weights: list[WeightCost],
+        widths: dict[int, int],
         outcome: Outcome,
         *,
         measured: bool,
-    ) -> dict[int, int]:
-        """Channels to keep of each group that is cut; refusals for those that turn out to stay whole."""
-        widths = dict(zip(choices, uniform_widths(list(choices.values()), self.ratio), strict=True))
+    ) -> None:
+        """Say of each group that could have been cut and is not, why."""
         why = f"the nearest width that is a multiple of {self.multiple_of} is its own"
         if measured:
-            uniform = {index: choice.channels - widths[index] for index, choice in choices.items()}
-            losses = {index: removal.losses for index, removal in removals.items()}
-            widths = allocate(choices, losses, weights, sum(weight.cost(uniform) for weight in weights))
             why = f"other groups lose less for as many {'MACs' if self.cost == 'macs' else self.cost}"
         for index, choice in choices.items():
             if widths[index] == choice.channels:
                 group = coupling.groups[index]
                 outcome.refuse(self.name, _title(group), f"{_width(group)} stay: {why}")
-        return {index: width for index, width in widths.items() if width < choices[index].channels}
 
     def _removals(
         self,
@@ -202,10 +243,13 @@ class PruneChannels(Pass):
         found = {index: norm_removal(coupling.groups[index]) for index in choices}
         if self.criterion != "obs" or batches is None:
             return found
-        nodes = {id(layer.node): layer.node for index in choices for layer, _ in readers(coupling.groups[index])}
-        moments = input_moments(model, list(nodes.values()), batches(), per_sample=self.rows_per_sample, seed=seed)
+        reading = {index: readers(coupling.groups[index]) for index in choices}
+        every = [reader for some in reading.values() for reader in some]
+        moments = reader_moments(model, every, batches, per_sample=self.rows_per_sample, seed=seed)
         return found | {
-            index: removal for index in choices if (removal := obs_removal(coupling.groups[index], moments)) is not None
+            index: removal
+            for index, some in reading.items()
+            if (removal := obs_removal(coupling.groups[index], some, moments)) is not None
         }
 
     # -------------------------------------------------------------------------------------------------- recovering
@@ -252,6 +296,12 @@ class PruneChannels(Pass):
                 f"relative error of its output {refit.before:.3g} -> {refit.after:.3g}",
             )
         outcome.numbers["layers refitted"] = float(len(done))
+
+
+def _removed(coupling: Coupling, removals: dict[int, Removal], widths: dict[int, int]) -> dict[int, NDArray[np.int64]]:
+    """Channels that go, of each group that gets narrower."""
+    counts = {index: coupling.groups[index].channels - width for index, width in widths.items()}
+    return {index: removals[index].order[:count] for index, count in counts.items() if count}
 
 
 def _parameters(model: Model) -> int:

@@ -15,7 +15,7 @@ import onnxslim
 from onnxslim.data import open_dataset
 from onnxslim.graph.cost import layer_costs
 from onnxslim.graph.coupling import couple
-from onnxslim.passes._channel_scores import obs_removal
+from onnxslim.passes._channel_scores import obs_removal, reader_moments, readers
 from onnxslim.passes._least_squares import relative_error, solve
 from onnxslim.passes._statistics import Moments, input_moments, linear_layer
 from onnxslim.passes._trunk import Trunk
@@ -193,8 +193,9 @@ def test_a_weight_of_two_layers_is_cut_but_not_refitted():
 
 
 @pytest.mark.parametrize("cost", ["macs", "parameters"])
-def test_the_budget_is_that_of_a_uniform_cut(cost):
+def test_the_budget_is_that_of_a_uniform_cut(cost, monkeypatch):
     """Early layers cost MACs and late ones parameters; with data the cut is not uniform, and costs no more."""
+    monkeypatch.setattr(PruneChannels, "_best", lambda self, model, proposals, *_: proposals[0])
     rng = np.random.default_rng(0)
     nodes, weights, source, widths = [], {}, "x", [3, 32, 64, 64, 128]
     for index, (cin, cout) in enumerate(itertools.pairwise(widths)):
@@ -350,10 +351,11 @@ def test_order_of_removal_makes_the_most_of_what_stays():
     (index,) = (i for i, group in enumerate(coupling.groups) if group.frozen is None)
     second = model.graph.nodes[1]
     rows = rng.standard_normal((500, 12)).astype(np.float32)
-    moments = input_moments(model, [second], [{"x": rows}])
-    removal = obs_removal(coupling.groups[index], moments, damping=1e-9)
+    found = readers(coupling.groups[index])
+    moments = reader_moments(model, found, lambda: [{"x": rows}], per_sample=1, seed=0)
+    removal = obs_removal(coupling.groups[index], found, moments, damping=1e-9)
     assert sorted(removal.order.tolist()) == list(range(9))
-    covariance, weight = moments[id(second)].covariance[0], linear_layer(second).matrices()[0]
+    covariance, weight = moments[found[0]].covariance[0], linear_layer(second).matrices()[0]
 
     def loss(gone):
         kept = np.setdiff1d(np.arange(9), gone)
@@ -363,9 +365,57 @@ def test_order_of_removal_makes_the_most_of_what_stays():
         return np.einsum("ok,kl,ol->", rest, covariance, rest) / np.einsum("ok,kl,ol->", weight, covariance, weight)
 
     for count in range(1, 8):
-        assert removal.losses[count] == pytest.approx(loss(removal.order[:count]), rel=1e-4)
+        assert removal.losses[count] == pytest.approx(-np.log(1 - loss(removal.order[:count])), rel=1e-4)
     others = [loss(rng.permutation(9)[:4]) for _ in range(50)]
-    assert removal.losses[4] <= min(others) * 1.05
+    assert removal.losses[4] <= -np.log(1 - min(others)) * 1.05
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_wide_reader_tells_the_order_as_well(flat, monkeypatch):
+    """A layer with too many inputs for their covariance: 4 of 12 channels repeat others, and are the first to go."""
+    monkeypatch.setattr("onnxslim.passes._channel_scores._WIDEST", 32)
+    rng = np.random.default_rng(2)
+    first = rng.standard_normal((12, 3, 3, 3))
+    first[8:] = first[:4] * rng.uniform(0.5, 2, (4, 1, 1, 1))
+    nodes = [helper.make_node("Conv", ["x", "a"], ["h"], name="first", strides=[2, 2])]
+    if flat:
+        nodes += [
+            helper.make_node("Flatten", ["h"], ["f"]),
+            helper.make_node("Gemm", ["f", "b"], ["y"], name="second"),
+        ]
+    else:
+        nodes += [helper.make_node("Conv", ["h", "b"], ["y"], name="second")]
+    model = build(nodes, {"a": first, "b": rng.standard_normal((108, 5) if flat else (5, 12, 2, 2))})
+    group = next(group for group in couple(model).groups if group.frozen is None)
+    found = readers(group)
+    assert [reader.wide for reader in found] == [True]
+    moments = reader_moments(model, found, lambda: data(model, 200).batches(50), per_sample=4, seed=0)
+    assert moments[found[0]].covariance.shape == (1, 12, 12)
+    removal = obs_removal(group, found, moments, damping=1e-6)
+    pairs = {frozenset((channel, channel + 8)) for channel in range(4)}
+    assert all(len(pair & set(removal.order[:4].tolist())) == 1 for pair in pairs)
+    assert removal.losses[4] < 1e-2 * removal.losses[6]
+
+
+def test_a_proposal_is_taken_that_is_clearly_better_when_tried(monkeypatch):
+    """Of two layers one repeats its channels: whichever proposal comes first, it is that one which is cut."""
+    rng = np.random.default_rng(0)
+    weights = {"a": rng.standard_normal((20, 8)) @ rng.standard_normal((8, 16)), "b": rng.standard_normal((16, 16))}
+    weights["c"] = rng.standard_normal((16, 16))
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], name="a"),
+        helper.make_node("MatMul", ["h", "b"], ["g"], name="b"),
+        helper.make_node("Tanh", ["g"], ["t"], name="t"),
+        helper.make_node("MatMul", ["t", "c"], ["y"], name="c"),
+    ]
+    model = build(nodes, weights, [("x", ["N", 20])])
+    first, second = (i for i, group in enumerate(couple(model).groups) if group.frozen is None)
+    good, bad = {first: 8, second: 16}, {first: 16, second: 8}
+    for proposals in ([good, bad], [bad, good]):
+        monkeypatch.setattr(PruneChannels, "_proposals", lambda self, *_, p=proposals, **__: p)
+        pruned = model.copy()
+        PruneChannels(ratio=0.5).run(pruned, Context(calibration=data(model, 300)))
+        assert next(node.inputs[1].shape for node in pruned.graph.nodes if node.op == "MatMul") == (20, 8)
 
 
 def test_solve_is_least_squares_and_keeps_dead_inputs():

@@ -59,11 +59,11 @@ def test_allocated_widths_are_legal_and_within_the_budget(groups, ratio, seed):
     losses = {i: np.concatenate([[0], np.cumsum(np.sort(rng.random(c.channels)))]) for i, c in enumerate(some)}
     uniform = uniform_widths(some, ratio)
     budget = total(weights, some, uniform)
-    found = allocate(dict(enumerate(some)), losses, weights, budget)
-    widths = [found[index] for index in range(len(some))]
-    assert total(weights, some, widths) <= budget * (1 + 1e-9) or widths == [choice.floor for choice in some]
-    for choice, width in zip(some, widths, strict=True):
-        assert width == choice.channels or (width % choice.step == 0 and choice.floor <= width < choice.channels)
+    for found in allocate(dict(enumerate(some)), losses, weights, budget):
+        widths = [found[index] for index in range(len(some))]
+        assert total(weights, some, widths) <= budget * (1 + 1e-9) or widths == [choice.floor for choice in some]
+        for choice, width in zip(some, widths, strict=True):
+            assert width == choice.channels or (width % choice.step == 0 and choice.floor <= width < choice.channels)
 
 
 def test_what_can_be_spared_goes_and_what_cannot_stays():
@@ -72,11 +72,20 @@ def test_what_can_be_spared_goes_and_what_cannot_stays():
     shape = np.linspace(0, 1, 65)
     losses = {0: 9 * shape, 1: 1e-3 * shape, 2: shape}
     uniform = uniform_widths(some, 0.5)
-    found = allocate(dict(enumerate(some)), losses, weights, total(weights, some, uniform))
-    assert found[0] == 64
-    assert found[1] == 8
-    loss = sum(losses[index][64 - width] for index, width in found.items())
-    assert loss < 0.1 * sum(losses[index][64 - width] for index, width in enumerate(uniform))
+    for found in allocate(dict(enumerate(some)), losses, weights, total(weights, some, uniform)):
+        assert found[0] == 64
+        assert found[1] == 8
+        loss = sum(losses[index][64 - width] for index, width in found.items())
+        assert loss < 0.1 * sum(losses[index][64 - width] for index, width in enumerate(uniform))
+
+
+def test_a_step_as_large_as_the_budget_is_taken_only_by_the_proposal_that_counts_all_it_saves():
+    some = choices((256, 128), (64, 8))
+    weights = [WeightCost(1.0, (256, 100), [{0: 1}, {}]), WeightCost(1.0, (64, 100), [{1: 1}, {}])]
+    losses = {0: np.linspace(0, 2, 257), 1: np.linspace(0, 1, 65)}  # 1.0 for 12,800, or 0.125 for 800
+    whole, capped = allocate(dict(enumerate(some)), losses, weights, total(weights, some, [256, 56]))
+    assert whole == {0: 128, 1: 64}
+    assert capped == {0: 256, 1: 56}
 
 
 def test_savings_are_counted_with_what_is_left_of_the_other_axis():
