@@ -29,10 +29,7 @@ from types import ModuleType
 from comparing import compare, in_child, install, peer_pythons, samples, speed, write_feeds
 from processes import run_measured
 
-import onnxslim
-from onnxslim.graph.cost import layer_costs, parameter_count, total_macs
-from onnxslim.model_files import size_on_disk
-from onnxslim.runtime import Feed
+from onnxslim.measure import snapshot
 
 _PEERS = {"onnxsim": ("onnxsim==0.8.1",)}
 _CURVE = tuple(f"prune={percent / 100}" for percent in (5, 10, 20, 30, 40, 50, 60))
@@ -40,13 +37,6 @@ _HEAD = (
     "| pair | steps | tool | fp32 | score | agree | MACs | parameters | file | speed | CPU s | s | peak MB |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
-
-
-def costs(path: str, feed: Feed) -> tuple[int, int]:
-    """Multiply-accumulates for this feed, and parameters."""
-    model = onnxslim.load(path)
-    layers = layer_costs(model, {name: value.shape for name, value in feed.items()})
-    return total_macs(layers) or 0, parameter_count(model)
 
 
 def rows(pair: ModuleType, name: str, tools: dict[str, Path], arguments: argparse.Namespace) -> Iterator[str]:
@@ -71,11 +61,12 @@ def rows(pair: ModuleType, name: str, tools: dict[str, Path], arguments: argpars
                     raise RuntimeError(finished.failure)
                 found = in_child(compare, str(arguments.folder.resolve()), name, original, target)
                 ratio = in_child(speed, original, target, feeds[len(feeds) // 2])
-                before, after = (costs(path, feeds[0]) for path in (original, target))
-                shares = [new / max(old, 1) for old, new in zip(before, after, strict=True)]
+                before, after = (snapshot(Path(path), feeds[0]) for path in (original, target))
+                macs = f"{(after.macs or 0) / before.macs:.3f}" if before.macs else "–"
+                held = after.parameters / max(before.parameters, 1)
+                size = after.size_bytes / before.size_bytes
                 figures = f"{found[0]:.4f} | {found[1]:.4f} | {found[2]:.4f} | ".replace("nan", "–")
-                size = size_on_disk(Path(target)) / size_on_disk(Path(original))
-                yield f"{head}| {figures}{shares[0]:.3f} | {shares[1]:.3f} | {size:.3f} | {ratio:.2f} | {cost} |"
+                yield f"{head}| {figures}{macs} | {held:.3f} | {size:.3f} | {ratio:.2f} | {cost} |"
             except BrokenProcessPool:
                 yield f"{head}| crashes ONNX Runtime ||||||| {cost} |"
             except Exception as error:  # whatever a peer's file makes of ONNX Runtime: the other rows still stand

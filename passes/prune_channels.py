@@ -36,7 +36,7 @@ Criterion = Literal["norm", "obs"]
 
 _BATCH = 32  # samples at most
 _BATCH_BYTES = 256 << 20  # of what all layers give for a batch
-_TRIED, _JUDGED = 4, 2  # batches: proposals of widths are refitted on these, and judged by those
+_TRIED, _JUDGED = 2, 1  # batches: proposals of widths are refitted on these, and judged by those
 _CLEARLY_BETTER = 0.9  # of the first proposal's error: what so few samples tell apart
 _WEAKEST = 0.05
 
