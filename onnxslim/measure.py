@@ -8,16 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
+from onnxslim.branches import branches
+from onnxslim.data import open_dataset
 from onnxslim.errors import ModelError
-from onnxslim.graph.cost import layer_costs, node_count, op_histogram, parameter_count, total_macs
+from onnxslim.graph.cost import MAC_OPS, layer_costs, node_count, op_histogram, parameter_count, total_macs
 from onnxslim.model import Model, load
 from onnxslim.model_files import file_sha256, size_on_disk
 from onnxslim.record import Latency, LayerSize, Snapshot
-from onnxslim.runtime import Feed, Session, Timing, interleaved_latency
+from onnxslim.runtime import Feed, Session, TensorSpec, Timing, interleaved_latency
 
 __all__ = ["shapes_of", "snapshot", "time_pair"]
 
-_MAC_OPS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN"})
+_RECURRENT = frozenset({"LSTM", "GRU", "RNN"})  # exporters compute their weights in the graph
 
 
 def snapshot(path: Path, feed: Feed | None, model: Model | None = None) -> Snapshot:
@@ -27,7 +29,7 @@ def snapshot(path: Path, feed: Feed | None, model: Model | None = None) -> Snaps
         ModelError: the file cannot be read.
     """
     model = model or load(path)
-    layers = _layers(model, path, feed)
+    layers = _layers(model, feed)
     return Snapshot(
         path=path.name,
         sha256=file_sha256(path),
@@ -42,24 +44,33 @@ def snapshot(path: Path, feed: Feed | None, model: Model | None = None) -> Snaps
     )
 
 
-def _layers(model: Model, path: Path, feed: Feed | None) -> list[LayerSize]:
+def _layers(model: Model, feed: Feed | None) -> list[LayerSize]:
     """Costs with the sizes that tensors really have on a feed: shape inference stops at many dynamic graphs."""
-    observed: dict[str, list[int]] = {}
+    if feed is None:
+        return layer_costs(model)
+    try:
+        observed = _observed(model, feed)
+    except ModelError:
+        observed = {}  # an estimate is not worth a failure; what shape inference knows stands
+    return layer_costs(model, shapes_of(feed), observed)
+
+
+def _observed(model: Model, feed: Feed) -> dict[str, list[int]]:
+    """The shapes that multiplications read and give on a feed, in the branches that it takes as well."""
     names = [
         tensor.name
         for node in model.graph.nodes
-        if node.op in _MAC_OPS and not node.domain
-        for tensor in (node.inputs[0], node.outputs[0])
+        if node.op in MAC_OPS and not node.domain
+        for tensor in (*node.inputs[: 3 if node.op in _RECURRENT else 1], node.outputs[0])
         if tensor.inputs and tensor.name
     ]
-    if feed is not None and names:
-        try:
-            results = Session(model, outputs=list(dict.fromkeys(names))).run(feed)
-        except ModelError:
-            results = {}  # an estimate is not worth a failure; what shape inference knows stands
-        observed = {name: list(value.shape) for name, value in results.items() if isinstance(value, np.ndarray)}
-    fixed = shapes_of(feed) if feed is not None else None
-    return layer_costs(model, fixed, observed)
+    seen = Session(model, outputs=list(dict.fromkeys(names))).run(feed) if names else {}
+    shapes = {name: list(value.shape) for name, value in seen.items() if isinstance(value, np.ndarray)}
+    specs = [TensorSpec(name, value.dtype, None) for name, value in feed.items()]
+    for branch in branches(model, open_dataset([feed], specs)):
+        assert branch.calibration is not None
+        shapes |= _observed(branch.model, next(iter(branch.calibration)))
+    return shapes
 
 
 def shapes_of(feed: Mapping[str, np.ndarray]) -> dict[str, list[int]]:

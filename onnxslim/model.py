@@ -100,6 +100,16 @@ class Model:
 
     def fresh_name(self, hint: str) -> str:
         """Return ``hint``, or ``hint`` with a number, such that no tensor or node of the model has that name."""
+        taken = self._taken_names()
+        name = hint
+        for number in itertools.count(1):
+            if name not in taken:
+                break
+            name = f"{hint}_{number}"
+        taken.add(name)
+        return name
+
+    def _taken_names(self) -> set[str]:
         if self._names is None:
             self._names = {""}
             for graph in self.graphs():
@@ -110,13 +120,13 @@ class Model:
                 for node in graph.nodes:
                     self._names.add(node.name)
                     self._names.update(tensor.name for tensor in (*node.inputs, *node.outputs))
-        name = hint
-        for number in itertools.count(1):
-            if name not in self._names:
-                break
-            name = f"{hint}_{number}"
-        self._names.add(name)
-        return name
+        return self._names
+
+    def around(self, body: gs.Graph) -> Model:
+        """A model of which one of this model's bodies is the main graph; a name that is fresh in it is so in both."""
+        part = Model(body, self.header, self.path)
+        part._names = self._taken_names()
+        return part
 
     # ------------------------------------------------------------------------------------------------- conversions
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -13,11 +15,11 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from pydantic import Field
 
+from onnxslim.branches import branches, closed_bodies
 from onnxslim.graph.shapes import infer_shapes
 from onnxslim.graph.walk import drop_value_info, hoist_constants
 from onnxslim.passes._bias import add_to_bias, bias_of
 from onnxslim.passes._factors import Candidate, Factors, plain_matrix, replace_by_factors, set_product
-from onnxslim.passes._identical import main_graphs
 from onnxslim.passes._ranks import choose_ranks, spectrum
 from onnxslim.passes._refit import WIDEST, Split, by_input, loss, moments_between, output_errors, refits
 from onnxslim.passes._statistics import Moments, input_moments, linear_layer
@@ -84,7 +86,11 @@ class FactorizeLowRank(Pass):
         return self.model_copy(update={"keep": (1 + self.keep) / 2}) if self.keep < 0.9 else None
 
     def run(self, model: Model, context: Context) -> Outcome:
-        """Choose ranks, fit, and put two nodes in the place of each chosen one."""
+        """Choose ranks, fit, and put two nodes in the place of each chosen one; a branch of an If has its own budget.
+
+        Raises:
+            ModelError: the model does not run on the calibration feeds.
+        """
         outcome = Outcome()
         hoist_constants(model)
         candidates = list(self._candidates(model, outcome))
@@ -96,9 +102,12 @@ class FactorizeLowRank(Pass):
         self._measure(model, context, candidates, outcome)
         chosen = self._choose(candidates, outcome)
         if chosen:
-            self._fit_andreplace_by_factors(model, context, candidates, chosen, outcome)
+            self._fit_and_replace(model, context, candidates, chosen, outcome)
             drop_value_info(model)
-        elif not outcome.refusals:
+        for branch in branches(model, context.calibration, partial(outcome.refuse, self.name)):
+            inside = Context(calibration=branch.calibration, seed=context.seed, progress=context.progress)
+            _include(outcome, self.run(branch.model, inside))
+        if not outcome.changes and not outcome.refusals:
             outcome.refuse(self.name, model.graph.name, "no Conv, Gemm or MatMul with a constant weight")
         return outcome
 
@@ -107,29 +116,28 @@ class FactorizeLowRank(Pass):
     def _candidates(self, model: Model, outcome: Outcome) -> Iterator[Candidate]:
         """The layers that can be split, in graph order; the others with reasons."""
         exported = {id(tensor) for graph in model.graphs() for tensor in graph.outputs}
-        for graph in main_graphs(model):
-            for node in graph.nodes:
-                if node.op not in ("Conv", "Gemm", "MatMul") or node.domain not in (None, "", "ai.onnx"):
-                    continue
-                weights = [t for t in node.inputs[:2] if isinstance(t, gs.Constant)]
-                if len(weights) != 1 or np.dtype(weights[0].dtype) not in (np.float32, np.float16, np.float64):
-                    if node.op != "MatMul" or weights:
-                        outcome.refuse("low-rank", node.name, "its weight is no floating-point initializer")
-                    continue
-                weight = weights[0]
-                reason = self._unfit(node, weight, id(weight) in exported)
-                if graph is not model.graph:
-                    reason = "it is inside a body (If, Loop, Scan)"
-                if reason:
-                    outcome.refuse("low-rank", node.name, reason)
-                    continue
-                layer = linear_layer(node)
-                if layer is not None:
-                    yield Candidate(node, weight, layer.matrices()[0], layer)
-                else:
-                    yield Candidate(node, weight, plain_matrix(node, weight), None)
+        for node in model.graph.nodes:
+            if not _may_be_split(node):
+                continue
+            weights = [t for t in node.inputs[:2] if isinstance(t, gs.Constant)]
+            if len(weights) != 1 or np.dtype(weights[0].dtype) not in (np.float32, np.float16, np.float64):
+                if node.op != "MatMul" or weights:
+                    outcome.refuse("low-rank", node.name, "its weight is no floating-point initializer")
+                continue
+            weight = weights[0]
+            if reason := self._unfit(node, weight, id(weight) in exported):
+                outcome.refuse("low-rank", node.name, reason)
+                continue
+            layer = linear_layer(node)
+            if layer is not None:
+                yield Candidate(node, weight, layer.matrices()[0], layer)
+            else:
+                yield Candidate(node, weight, plain_matrix(node, weight), None)
+        for body in closed_bodies(model):
+            for node in filter(_may_be_split, body.nodes):
+                outcome.refuse("low-rank", node.name, "it is inside the body of a loop")
         for function in model.graph.functions:
-            if any(node.op in ("Conv", "Gemm", "MatMul") for node in function.nodes):
+            if any(map(_may_be_split, function.nodes)):
                 outcome.refuse("low-rank", function.name, "layers inside a function: every call would change")
 
     def _unfit(self, node: gs.Node, weight: gs.Constant, exported: bool) -> str | None:
@@ -240,7 +248,7 @@ class FactorizeLowRank(Pass):
 
     # --------------------------------------------------------------------------------------------------- replacement
 
-    def _fit_andreplace_by_factors(
+    def _fit_and_replace(
         self, model: Model, context: Context, candidates: list[Candidate], chosen: dict[int, int], outcome: Outcome
     ) -> None:
         split = [candidate for candidate in candidates if id(candidate.node) in chosen]
@@ -344,6 +352,19 @@ class FactorizeLowRank(Pass):
         why = f"it did not help: error of the outputs {after:.3g} with it, {before:.3g} without"
         outcome.refuse("recovery", model.graph.name, why)
         return fits, {}
+
+
+def _may_be_split(node: gs.Node) -> bool:
+    return node.op in ("Conv", "Gemm", "MatMul") and node.domain in (None, "", "ai.onnx")
+
+
+def _include(outcome: Outcome, inside: Outcome) -> None:
+    """Add what was done in a branch: shares and errors are those of the worst graph, all else is summed."""
+    outcome.changes += inside.changes
+    outcome.refusals += [refusal for refusal in inside.refusals if refusal not in outcome.refusals]
+    for key, value in inside.numbers.items():
+        join = max if key.startswith(("largest", "output error")) else operator.add
+        outcome.numbers[key] = join(outcome.numbers.get(key, 0), value)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -14,7 +15,8 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from pydantic import Field
 
-from onnxslim.graph.cost import node_macs
+from onnxslim.branches import branches, closed_bodies
+from onnxslim.graph.cost import node_macs, parameter_count
 from onnxslim.graph.coupling import Coupling, Cut, Group, couple, cut
 from onnxslim.graph.shapes import infer_shapes
 from onnxslim.graph.walk import hoist_constants
@@ -37,8 +39,24 @@ Criterion = Literal["norm", "obs"]
 _BATCH = 32  # samples at most
 _BATCH_BYTES = 256 << 20  # of what all layers give for a batch
 _TRIED, _JUDGED = 2, 1  # batches: proposals of widths are refitted on these, and judged by those
+_REFIT = "least-squares"  # the rule of the changes and refusals of the refit
 _CLEARLY_BETTER = 0.9  # of the first proposal's error: what so few samples tell apart
 _WEAKEST = 0.05
+
+
+@dataclass
+class _Tally:
+    """What went, of how much, over all graphs of a model."""
+
+    removed: int = 0
+    prunable: int = 0
+    macs_removed: float = 0.0
+    macs: float = 0.0
+
+    def __iadd__(self, other: _Tally) -> _Tally:
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+        return self
 
 
 class PruneChannels(Pass):
@@ -90,22 +108,48 @@ class PruneChannels(Pass):
     rows_per_sample: int = Field(40, ge=1, description="positions of a feature map to draw from each sample")
 
     def run(self, model: Model, context: Context) -> Outcome:
-        """Prune ``model`` in place.
+        """Prune ``model`` in place, the branches of If nodes included, each within a budget of its own.
 
         Raises:
             ModelError: the model does not run on the calibration feeds.
         """
         outcome = Outcome()
         hoist_constants(model)
-        coupling = couple(model)
-        self._exclude(coupling)
-        choices = self._choices(coupling, outcome)
-        if nested := _nested_layers(model):
-            outcome.refuse(self.name, _name(model), f"{nested} layers inside subgraphs or functions are not pruned")
-        if not choices:
+        before = parameter_count(model)
+        tally = self._prune(model, context, outcome)
+        if inside := sum(_layers(function) for function in model.graph.functions):
+            outcome.refuse(self.name, _name(model), f"{inside} layer(s) inside functions are not pruned")
+        if not outcome.changes:
             if not outcome.refusals:
                 outcome.refuse(self.name, _name(model), "it has no layer with constant weights to prune")
             return outcome
+        gone = before - parameter_count(model)
+        outcome.numbers = {
+            "channels removed": float(tally.removed),
+            "share of prunable channels removed": tally.removed / tally.prunable,
+            "parameters removed": float(gone),
+            "share of parameters removed": gone / before,
+            "share of MACs removed (estimate)": tally.macs_removed / max(tally.macs, 1.0),
+            "layers refitted": float(sum(change.rule == _REFIT for change in outcome.changes)),
+        }
+        return outcome
+
+    def _prune(self, model: Model, context: Context, outcome: Outcome) -> _Tally:
+        """Prune the main graph of a model, and then the branches of its If nodes."""
+        tally = self._prune_graph(model, context, outcome)
+        if looped := sum(map(_layers, closed_bodies(model))):
+            outcome.refuse(self.name, _name(model), f"{looped} layer(s) inside loops are not pruned")
+        for branch in branches(model, context.calibration, partial(outcome.refuse, self.name)):
+            inside = Context(calibration=branch.calibration, seed=context.seed, progress=context.progress)
+            tally += self._prune(branch.model, inside, outcome)
+        return tally
+
+    def _prune_graph(self, model: Model, context: Context, outcome: Outcome) -> _Tally:
+        coupling = couple(model)
+        self._exclude(coupling)
+        choices = self._choices(coupling, outcome)
+        if not choices:
+            return _Tally()
         data = None if context.calibration is None else context.calibration.take(self.max_samples)
         macs, size = _costs(model, coupling, context, data)
         batches = None if data is None else partial(data.batches, max(1, min(_BATCH, _BATCH_BYTES // max(size, 1))))
@@ -119,10 +163,16 @@ class PruneChannels(Pass):
             widths = self._best(model, proposals, removals, batches, context.seed)
         self._refuse_whole(coupling, choices, widths, outcome, measured=measured)
         removed = _removed(coupling, removals, widths)
+        counts = {index: len(channels) for index, channels in removed.items()}
+        tally = _Tally(
+            removed=sum(counts.values()),
+            prunable=sum(group.channels for group in coupling.groups if not group.frozen),
+            macs_removed=sum(weight.cost({}) - weight.cost(counts) for weight in weights),
+            macs=sum(macs.values()),
+        )
         if not removed:
-            return outcome
+            return tally
         teacher = model.copy() if self.recover and batches is not None else None
-        before = _parameters(model)
         plan = cut(model, coupling, removed)
         for index in removed:
             outcome.change(self.name, _title(coupling.groups[index]), _told(coupling.groups[index], widths[index]))
@@ -130,19 +180,8 @@ class PruneChannels(Pass):
             self._recover(model, teacher, coupling, plan, batches, context, outcome)
         else:
             why = "recover is off" if not self.recover else "there is no calibration data"
-            outcome.refuse("least-squares", _name(model), f"nothing was refitted: {why}")
-        gone = sum(len(channels) for channels in removed.values())
-        counts = {index: len(channels) for index, channels in removed.items()}
-        macs_gone = sum(weight.cost({}) - weight.cost(counts) for weight in weights)
-        after = _parameters(model)
-        outcome.numbers |= {
-            "channels removed": float(gone),
-            "share of prunable channels removed": gone / sum(g.channels for g in coupling.groups if not g.frozen),
-            "parameters removed": float(before - after),
-            "share of parameters removed": (before - after) / max(before, 1),
-            "share of MACs removed (estimate)": macs_gone / max(sum(macs.values()), 1.0),
-        }
-        return outcome
+            outcome.refuse(_REFIT, _name(model), f"nothing was refitted: {why}")
+        return tally
 
     def weaker(self) -> PruneChannels | None:
         """The same with three quarters of the ratio, down to 5 %."""
@@ -285,28 +324,18 @@ class PruneChannels(Pass):
             seed=context.seed,
             progress=context.progress,
         )
-        done = [refit for refit in refits if refit.why is None]
         for refit in refits:
-            if refit.why is not None:
-                outcome.refuse("least-squares", refit.node.name, f"was not refitted: {refit.why}")
-        for refit in done:
-            outcome.change(
-                "least-squares",
-                refit.node.name,
-                f"relative error of its output {refit.before:.3g} -> {refit.after:.3g}",
-            )
-        outcome.numbers["layers refitted"] = float(len(done))
+            name = refit.node.name or refit.node.outputs[0].name
+            if refit.why is None:
+                outcome.change(_REFIT, name, f"relative error of its output {refit.before:.3g} -> {refit.after:.3g}")
+            else:
+                outcome.refuse(_REFIT, name, f"was not refitted: {refit.why}")
 
 
 def _removed(coupling: Coupling, removals: dict[int, Removal], widths: dict[int, int]) -> dict[int, NDArray[np.int64]]:
     """Channels that go, of each group that gets narrower."""
     counts = {index: coupling.groups[index].channels - width for index, width in widths.items()}
     return {index: removals[index].order[:count] for index, count in counts.items() if count}
-
-
-def _parameters(model: Model) -> int:
-    seen = {id(t): t for node in model.graph.nodes for t in node.inputs if isinstance(t, gs.Constant)}
-    return sum(_elements(tensor) for tensor in seen.values())
 
 
 def _elements(tensor: gs.Tensor) -> int:
@@ -340,9 +369,8 @@ def _is_weight(tensor: gs.Tensor) -> bool:
     return isinstance(tensor, gs.Constant) and len(tensor.shape) > 1
 
 
-def _nested_layers(model: Model) -> int:
-    inner = [graph for graph in model.graphs() if graph is not model.graph]
-    return sum(node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul") for graph in inner for node in graph.nodes)
+def _layers(graph: gs.Graph) -> int:
+    return sum(node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul") for node in graph.nodes)
 
 
 def _name(model: Model) -> str:

@@ -13,7 +13,7 @@ from onnxslim.model import Model
 from onnxslim.record import LayerSize
 from onnxslim.tensors import tensor_nbytes
 
-__all__ = ["layer_costs", "node_count", "node_macs", "op_histogram", "parameter_count", "total_macs"]
+__all__ = ["MAC_OPS", "layer_costs", "node_count", "node_macs", "op_histogram", "parameter_count", "total_macs"]
 
 
 def op_histogram(model: Model) -> dict[str, int]:
@@ -59,12 +59,13 @@ def layer_costs(
 
     A weight counts once, at the first node that computes with it, also where it is unpacked on the way there
     (DequantizeLinear, a codebook). A symbolic dimension counts as 1, so the MACs of a model with a dynamic batch are
-    those of one sample; ``fixed`` gives sizes for inputs, and ``observed`` the shapes that tensors of the main graph
-    had in a run, by name, which inference may not know.
+    those of one sample; ``fixed`` gives sizes for inputs, and ``observed`` the shapes that tensors had in a run, by
+    name, which inference may not know.
     """
     shapes = infer_shapes(model, fixed)
     if observed:
-        shapes.observe(model.graph, observed)
+        for graph in model.graphs():
+            shapes.observe(graph, observed)
     layers: list[LayerSize] = []
     counted: set[int] = set()
     carried: dict[int, list[gs.Constant]] = {}
@@ -169,3 +170,4 @@ _MACS = {
     "GRU": _recurrent,
     "RNN": _recurrent,
 }
+MAC_OPS = frozenset(_MACS)

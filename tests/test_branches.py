@@ -1,0 +1,216 @@
+"""Branches of If nodes as models of their own: what enters them, what they share, and that they come back whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import onnxslim
+from onnxslim.branches import branches
+from onnxslim.data import open_dataset
+from onnxslim.measure import snapshot
+from onnxslim.passes.base import Context
+from onnxslim.passes.factorize_low_rank import FactorizeLowRank
+from onnxslim.passes.prune_channels import PruneChannels
+from onnxslim.runtime import Session
+
+WIDE = 32
+
+
+def tensor(name: str, *shape: int, seed: int) -> TensorProto:
+    values = np.random.default_rng(seed).standard_normal(shape) / np.sqrt(max(np.prod(shape[1:]), 1))
+    return numpy_helper.from_array(values.astype(np.float32), name)
+
+
+def body(label: str, seed: int, *, nested: bool = False) -> onnx.GraphProto:
+    """Three convolutions of the stem; the second bias and the third weight belong to the main graph."""
+    p = f"{label}_"
+    nodes = [
+        helper.make_node("Conv", ["stem", p + "w1", p + "b1"], [p + "c1"], name=p + "c1", pads=[1] * 4),
+        helper.make_node("Relu", [p + "c1"], [p + "r1"]),
+        helper.make_node("Conv", [p + "r1", p + "w2", "bias"], [p + "c2"], name=p + "c2", pads=[1] * 4),
+        helper.make_node("Relu", [p + "c2"], [p + "r2"]),
+        helper.make_node("Conv", [p + "r2", "shared"], [p + "y"], name=p + "c3"),
+    ]
+    weights = [tensor(p + "w1", WIDE, 16, 3, 3, seed=seed), tensor(p + "b1", WIDE, seed=seed + 1)]
+    weights += [tensor(p + "w2", WIDE, WIDE, 3, 3, seed=seed + 2)]
+    output = helper.make_tensor_value_info(p + "y", TensorProto.FLOAT, [None] * 4)
+    if not nested:
+        return helper.make_graph(nodes, label, [], [output], weights)
+    inner = [helper.make_graph(nodes, label + "_inner", [], [output], weights)]
+    inner += [helper.make_graph([helper.make_node("Identity", ["late"], [p + "z"])], label + "_other", [], [])]
+    inner[1].output.append(helper.make_tensor_value_info(p + "z", TensorProto.FLOAT, [None] * 4))
+    deep = helper.make_node("If", ["always"], [p + "out"], name=p + "if", then_branch=inner[0], else_branch=inner[1])
+    result = helper.make_tensor_value_info(p + "out", TensorProto.FLOAT, [None] * 4)
+    return helper.make_graph([deep], label, [], [result])
+
+
+def model(*, nested: bool = False) -> onnxslim.Model:
+    nodes = [
+        helper.make_node("Conv", ["x", "ws"], ["grid"], name="grid", pads=[1] * 4),
+        # The sizes of what enters the If are computed in floats, where inference does not follow.
+        helper.make_node("Shape", ["grid"], ["sizes"]),
+        helper.make_node("Cast", ["sizes"], ["scaled"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["scaled"], ["given"], to=TensorProto.INT64),
+        helper.make_node("Reshape", ["grid", "given"], ["stem"], name="stem"),
+        helper.make_node("Conv", ["x", "wl"], ["late"], name="late"),
+        helper.make_node("Greater", ["level", "zero"], ["high"]),
+        helper.make_node(
+            "If", ["high"], ["y"], name="choice", then_branch=body("a", 10, nested=nested), else_branch=body("b", 20)
+        ),
+    ]
+    weights = [tensor("ws", 16, 3, 3, 3, seed=1), tensor("wl", 4, 3, 1, 1, seed=2), tensor("bias", WIDE, seed=3)]
+    weights += [tensor("shared", 4, WIDE, 1, 1, seed=4), numpy_helper.from_array(np.float32(0), "zero")]
+    weights += [numpy_helper.from_array(np.array(True), "always")]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 8, 8])]
+    inputs += [helper.make_tensor_value_info("level", TensorProto.FLOAT, [])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)]
+    graph = helper.make_graph(nodes, "net", inputs, outputs, weights)
+    return onnxslim.load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+def feeds(levels: list[float], seed: int = 0) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for level in levels:
+        x = rng.standard_normal((4, 3, 8, 8))
+        x = x + np.roll(x, 1, 2) + np.roll(x, 1, 3)
+        found.append({"x": x.astype(np.float32), "level": np.array(level, np.float32)})
+    return found
+
+
+def dataset(net: onnxslim.Model, levels: list[float]):
+    return open_dataset(feeds(levels), Session(net).specs)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_branch_is_a_model_that_gives_what_the_if_gives(nested):
+    net = model(nested=nested)
+    data, session = dataset(net, [1.0, -1.0, 1.0]), Session(net)
+    expected = {level: [session.run(feed)["y"] for feed in data if feed["level"] == level] for level in (1.0, -1.0)}
+    before = net.to_bytes()
+    for branch, level in zip(branches(net, data), (1.0, -1.0), strict=True):
+        assert branch.calibration is not None
+        alone = Session(branch.model)
+        found = [next(iter(alone.run(inside).values())) for inside in branch.calibration]
+        for mine, reference in zip(found, expected[level], strict=True):
+            np.testing.assert_allclose(mine, reference, atol=1e-5)
+    assert net.to_bytes() == before
+
+
+def test_weights_of_other_graphs_are_inputs_and_their_vectors_change_for_one_branch_alone():
+    net = model()
+    bias = next(constant for constant in net.constants() if constant.name == "bias")
+    kept = bias.values.copy()
+    for branch in branches(net, None):
+        assert {tensor.name for tensor in branch.model.graph.inputs} == {"stem", "shared"}
+        for node in branch.model.graph.nodes:
+            if node.name == "a_c2":
+                node.inputs[2].values = node.inputs[2].values + 1
+    used = {n.name: n.inputs[2] for graph in net.graphs() for n in graph.nodes if n.name in ("a_c2", "b_c2")}
+    assert used["b_c2"] is bias
+    np.testing.assert_array_equal(bias.values, kept)
+    np.testing.assert_array_equal(used["a_c2"].values, kept + 1)
+    feed = feeds([1.0])[0]
+    onnx.checker.check_model(net.to_proto(), full_check=True)
+    assert np.abs(Session(net).run(feed)["y"] - Session(model()).run(feed)["y"]).max() > 1e-3
+
+
+def test_fresh_names_of_a_branch_are_fresh_in_the_model():
+    net = model()
+    for branch in branches(net, None):
+        assert branch.model.fresh_name("late") == "late_1"
+        assert branch.model.fresh_name("b_c1") == "b_c1_1"
+        break
+    assert net.fresh_name("late") == "late_2"
+
+
+def test_a_branch_that_reads_a_tensor_of_unknown_type_stays():
+    net = model()
+    maker = next(node for node in net.graph.nodes if node.name == "stem")
+    maker.domain = "unheard.of"
+    told: list[tuple[str, str]] = []
+    assert not list(branches(net, None, lambda node, why: told.append((node, why))))
+    assert told[0] == ("choice (then_branch)", "stays as it is: the type of 'stem', which it reads, is unknown")
+
+
+# ------------------------------------------------------------------------------------------------- what uses them
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_pruning_cuts_the_branches_that_the_data_takes(nested):
+    net = model(nested=nested)
+    original, test = Session(net.copy()), feeds([1.0, -1.0], seed=5)
+    outcome = PruneChannels(ratio=0.25).run(net, Context(calibration=dataset(net, [1.0, -1.0] * 24)))
+    onnx.checker.check_model(net.to_proto(), full_check=True)
+    widths = {n.name: n.inputs[1].shape[0] for graph in net.graphs() for n in graph.nodes if n.op == "Conv"}
+    assert widths["a_c1"] < WIDE and widths["b_c1"] < WIDE
+    assert widths["a_c2"] == widths["b_c2"] == WIDE  # what reads them is a weight of both
+    assert outcome.numbers["channels removed"] == 2 * WIDE - widths["a_c1"] - widths["b_c1"]
+    assert 0 < outcome.numbers["share of MACs removed (estimate)"] < 0.5
+    fitted = {change.node for change in outcome.changes if change.rule == "least-squares"}
+    assert fitted == {"a_c2", "b_c2"}
+    session = Session(net)
+    for feed in test:
+        reference = original.run(feed)["y"]
+        error = np.square(session.run(feed)["y"] - reference).mean() / reference.var()
+        assert error < 0.2
+
+
+def test_pruning_leaves_a_branch_alone_that_the_data_never_takes():
+    net = model()
+    unseen = feeds([-1.0], seed=5)[0]
+    reference = Session(net).run(unseen)["y"]
+    outcome = PruneChannels(ratio=0.25).run(net, Context(calibration=dataset(net, [1.0] * 24)))
+    assert any(change.node == "a_c1" for change in outcome.changes)
+    assert ("choice (else_branch)", "stays as it is: the calibration data never takes this branch") in [
+        (refusal.node, refusal.why) for refusal in outcome.refusals
+    ]
+    np.testing.assert_array_equal(Session(net).run(unseen)["y"], reference)
+
+
+def test_low_rank_splits_layers_of_the_branches_that_the_data_takes():
+    net = model()
+    original, test = Session(net.copy()), feeds([1.0, -1.0], seed=5)
+    outcome = FactorizeLowRank(keep=0.6).run(net, Context(calibration=dataset(net, [1.0] * 24)))
+    onnx.checker.check_model(net.to_proto(), full_check=True)
+    split = {change.node for change in outcome.changes if change.rule == "low-rank"}
+    assert "a_c2" in split and not any(name.startswith("b_") for name in split)
+    assert outcome.numbers["layers factorised"] == len(split)
+    session = Session(net)
+    taken, untaken = ((session.run(feed)["y"], original.run(feed)["y"]) for feed in test)
+    np.testing.assert_array_equal(*untaken)
+    assert 0 < np.square(taken[0] - taken[1]).mean() / taken[1].var() < 0.2
+
+
+def test_layers_of_a_branch_cost_what_they_multiply_on_the_feed(tmp_path):
+    net = model()
+    net.save(tmp_path / "net.onnx")
+    layers = {layer.name: layer.macs for layer in snapshot(tmp_path / "net.onnx", feeds([1.0])[0]).layers}
+    assert layers["a_c1"] == 4 * 8 * 8 * WIDE * 16 * 9
+    assert layers["a_c3"] == 4 * 8 * 8 * 4 * WIDE
+
+
+def test_layers_in_loops_stay_with_a_reason():
+    value = helper.make_tensor_value_info
+    nodes = [helper.make_node("MatMul", ["h", "w"], ["g"], name="step"), helper.make_node("Identity", ["go"], ["on"])]
+    inputs = [value("i", TensorProto.INT64, []), value("go", TensorProto.BOOL, [])]
+    inputs += [value("h", TensorProto.FLOAT, [1, 64])]
+    outputs = [value("on", TensorProto.BOOL, []), value("g", TensorProto.FLOAT, [1, 64])]
+    loop = helper.make_graph(nodes, "step", inputs, outputs, [tensor("w", 64, 64, seed=0)])
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["count", "", "x"], ["y"], body=loop)],
+        "net",
+        [value("x", TensorProto.FLOAT, [1, 64])],
+        [value("y", TensorProto.FLOAT, [1, 64])],
+        [numpy_helper.from_array(np.array(3), "count")],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    for rewrite, why in (
+        (PruneChannels(), "1 layer(s) inside loops are not pruned"),
+        (FactorizeLowRank(), "it is inside the body of a loop"),
+    ):
+        outcome = rewrite.run(onnxslim.load(proto), Context())
+        assert not outcome.changes and [refusal.why for refusal in outcome.refusals] == [why]
