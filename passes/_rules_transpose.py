@@ -14,10 +14,10 @@ import onnx_graphsurgeon as gs
 from onnxslim.passes._rewriter import Rewriter
 from onnxslim.passes._rules import Rule, rule
 
-__all__ = ["TRANSPOSE_RULES"]
+__all__ = ["TRANSPOSE_RULES", "UNARY", "may_move", "twin"]
 
 # Input 0 is what they work on, element by element; the others hold one number each.
-_UNARY = frozenset(
+UNARY = frozenset(
     {
         *("Abs", "Cast", "Ceil", "Celu", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid"),
         *("HardSwish", "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu"),
@@ -67,7 +67,7 @@ def _cancel(g: Rewriter, node: gs.Node) -> str | None:
         return None
     made: dict[int, gs.Tensor] = dict(region.leaves)
     for each in region.nodes:
-        made[id(each.outputs[0])] = _twin(g, each, region.perm, made)
+        made[id(each.outputs[0])] = twin(g, each, region.perm, made)
     moved = made[id(node.inputs[0])]
     return f"undone across {len(region.nodes)} nodes" if g.bypass(node, moved) else None
 
@@ -88,17 +88,18 @@ def _collect(g: Rewriter, tensor: gs.Tensor, user: gs.Node, region: _Region) -> 
         if undone and g.is_visible(g.scope(user), node.inputs[0]):
             region.leaves[id(tensor)] = node.inputs[0]
         return undone and id(tensor) in region.leaves
-    if g.scope(node) is not g.scope(user) or len(node.outputs) != 1 or not _may_move(g, node):
+    if g.scope(node) is not g.scope(user) or len(node.outputs) != 1 or not may_move(g, node):
         return False
-    data = node.inputs[:1] if node.op in _UNARY else node.inputs
+    data = node.inputs[:1] if node.op in UNARY else node.inputs
     if not all(_collect(g, each, node, region) for each in data):
         return False
     region.nodes.append(node)
     return True
 
 
-def _may_move(g: Rewriter, node: gs.Node) -> bool:
-    if node.op in _UNARY:
+def may_move(g: Rewriter, node: gs.Node) -> bool:
+    """Whether a node does the same in any layout, but for its axis and the constants that it reads."""
+    if node.op in UNARY:
         return all(_is_single(g, tensor) for tensor in node.inputs[1:])
     return node.op in _BROADCASTING or g.opset(node) >= _ALONG_AXIS.get(node.op, 1 << 30)
 
@@ -127,14 +128,14 @@ def _is_closed(g: Rewriter, region: _Region, last: gs.Node) -> bool:
     )
 
 
-def _twin(g: Rewriter, node: gs.Node, perm: list[int], made: dict[int, gs.Tensor]) -> gs.Tensor:
-    """The same node in the other layout."""
+def twin(g: Rewriter, node: gs.Node, perm: list[int], made: dict[int, gs.Tensor]) -> gs.Tensor:
+    """The same node in the layout that ``perm`` makes; its inputs in that layout are in ``made``, by id."""
     attrs = dict(node.attrs)
     if node.op in _ALONG_AXIS:
         axis = int(attrs.get("axis", -1))
         attrs["axis"] = perm.index(axis % len(perm))
     inputs = list(node.inputs)
-    for index, tensor in enumerate(inputs[:1] if node.op in _UNARY else inputs):
+    for index, tensor in enumerate(inputs[:1] if node.op in UNARY else inputs):
         inputs[index] = made[id(tensor)] if id(tensor) in made else _laid_out(g, node, tensor, perm)
     result = g.insert_before(node, node.op, attrs, inputs)
     twin = result.inputs[0]

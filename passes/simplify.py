@@ -15,6 +15,7 @@ from onnxslim.passes._rules import Ledger, Rule
 from onnxslim.passes._rules_chain import CHAIN_RULES
 from onnxslim.passes._rules_control import CONTROL_RULES
 from onnxslim.passes._rules_fusion import FUSION_RULES
+from onnxslim.passes._rules_layout import LAYOUT_RULES, has_standing_convolutions
 from onnxslim.passes._rules_merge import merge_nodes
 from onnxslim.passes._rules_noop import NOOP_RULES
 from onnxslim.passes._rules_parts import PART_RULES
@@ -32,7 +33,8 @@ class Simplify(Pass):
 
     Small rules (``match``, check, rewrite) are applied from a worklist until none fires, in the main graph, in the
     bodies of If, Loop and Scan and in local functions alike. Each drops or merges nodes only where the result is
-    provably the same, bit for bit; folding a BatchNormalization alone rounds differently, as two runtimes would.
+    provably the same, bit for bit; only folding a BatchNormalization, and laying down a convolution along one axis,
+    round differently, as two runtimes would.
 
     Never: a graph input or output, its name, order or declared dimensions; random and unknown operators (dead unknown
     ones neither); initializers that a caller may override.
@@ -60,7 +62,7 @@ class Simplify(Pass):
 
     def rules(self) -> tuple[str, ...]:
         """The names of the rules."""
-        names = {rule.name for rule in (*_RULES, merge_equal_sizes(), merge_nodes())}
+        names = {rule.name for rule in (*_RULES, *LAYOUT_RULES, merge_equal_sizes(), merge_nodes())}
         return tuple(sorted(names | {"fold-constants", "dead-node", "merge-initializers", "drop-unused"}))
 
 
@@ -86,6 +88,8 @@ def _rewrite(model: Model, rules: tuple[Rule, ...], context: Context, outcome: O
         if hoisted:
             ledger.change("hoist-constants", "all graphs", f"made {hoisted} Constant nodes initializers")
     run_rules(model, (merge_equal_sizes(), *rules), ledger, merge=True)
+    if has_standing_convolutions(model):  # once all else is done: a Pad that is not folded yet would stand between
+        run_rules(model, (*LAYOUT_RULES, merge_equal_sizes(), *rules), ledger, merge=True)
     _drop_unused_initializers(model, ledger)
     _drop_unused_functions(model, ledger)
     _drop_unused_imports(model, ledger)

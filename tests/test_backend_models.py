@@ -115,7 +115,8 @@ def _fault(case: Case) -> str:
         return f"no longer runs in {engine.__name__}: {error}"
     outputs = [tensor.name for tensor in case.model.graph.output]
     fault = differences(expected, got, outputs)
-    if fault and differences(expected, engine(case.model).run(feed), outputs):
+    # Two draws of ten coins may be alike by chance.
+    if fault and any(differences(expected, engine(case.model).run(feed), outputs) for _ in range(8)):
         return differences([_form(value) for value in expected], [_form(value) for value in got], outputs)
     return fault
 
