@@ -17,6 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from pydantic import Field, NonNegativeInt
 
+from onnxslim.branches import branches, closed_bodies
 from onnxslim.errors import ModelError
 from onnxslim.graph.shapes import Shapes, infer_shapes
 from onnxslim.graph.walk import drop_value_info, hoist_constants, remove_dead_nodes
@@ -38,6 +39,7 @@ from onnxslim.passes._qdq import (
 from onnxslim.passes._rounding import reconstruct
 from onnxslim.passes._runtimes import RUNTIMES, RuntimeName
 from onnxslim.passes._saturation import kernels_saturate
+from onnxslim.passes._state import handed_on
 from onnxslim.passes._weight_only import quantize_stored_weights
 from onnxslim.passes.base import Context, Outcome, Pass
 from onnxslim.runtime import Session, interleaved_latency
@@ -73,8 +75,9 @@ class QuantizeStatic(Pass):
     with one scale and zero a tensor, chosen on the calibration data; weights are int8 with a scale an output channel;
     biases int32. Elementwise and moving ops between them stay in int8 where ONNX Runtime has a kernel that fuses.
     Biases take back the mean shift of rounding (Nagel et al. 2019), where that lowers the output error on calibration
-    data that was held back. Layers that make most of a large output error stay float, and a change names them. Other
-    large weights (recurrent, transposed convolutions, embeddings, in bodies) are stored in int8 and computed with in
+    data that was held back. Layers that make most of a large output error stay float, and a change names them; so do
+    all where recurrent state is handed on from run to run, because calibration does not see errors add up. Other large
+    weights (recurrent, transposed convolutions, embeddings, in bodies) are stored in int8 and computed with in
     float; so are all of them where ONNX Runtime, on one thread of this machine, is no faster in int8.
 
     Right for convolutional and linear networks; a score that hangs on the small differences between large activations
@@ -118,7 +121,10 @@ class QuantizeStatic(Pass):
             outcome.refuse(self.name, "model", "there is no calibration data")
             return outcome
         before = model.copy()
-        precise = self._quantize(model, context.calibration.take(self.max_samples), context, outcome)
+        data = context.calibration.take(self.max_samples)
+        runs = self._quantize(model, data, context, outcome)
+        outcome.numbers |= _numbers(runs, data)
+        precise = {name for run in runs for name in run.precise}
         if outcome.changes and self.only_if_faster and self.runtime == "onnxruntime":
             speed = _speed(before, model, context.calibration)
             if speed < _AS_FAST:
@@ -148,17 +154,21 @@ class QuantizeStatic(Pass):
             outcome.numbers["share of weights in int8"] = _int8_share(model)
         return outcome
 
-    def _quantize(self, model: Model, data: Dataset, context: Context, outcome: Outcome) -> tuple[str, ...]:
-        """Write activations and weights in int8 where both can be; return the layers whose weights need float."""
+    def _quantize(self, model: Model, data: Dataset, context: Context, outcome: Outcome) -> list[_Run]:
+        """Write activations and weights in int8 where both can be, in the branches of If nodes too."""
         hoist_constants(model)
         unraised = raise_opset(model, _OPSET)
         if unraised:
             outcome.refuse("qdq", "model", f"{unraised}, and per-channel quantization needs {_OPSET}")
-            return ()
+            return []
         absorb(model)
-        run = _Run(self, model, data.in_memory(_KEPT_BYTES), context, outcome)
-        run.run()
-        return run.precise
+        runs = [_Run(self, model, data.in_memory(_KEPT_BYTES), context, outcome)]
+        runs[0].run()
+        for branch in branches(model, data, partial(outcome.refuse, "qdq")):
+            assert branch.calibration is not None
+            inside = Context(calibration=branch.calibration, seed=context.seed, progress=context.progress)
+            runs += self._quantize(branch.model, branch.calibration, inside, outcome)
+        return runs
 
     def weaker(self) -> QuantizeStatic | None:
         """The same with the layers that add most error in float: 2, 4, then 8 of them."""
@@ -182,7 +192,14 @@ class _Plan:
 
 @dataclass
 class _Run:
-    """One run of the pass over one model, from observation to emission."""
+    """One run of the pass over one graph, from observation to emission.
+
+    Attributes:
+        kept, precise: the layers that stay float, and those of them whose weights have to.
+        nodes, tensors, clipped: how many layers and tensors are in int8, and how many of these have values outside.
+        macs, quantized: multiply-accumulates of all layers that could be in int8, and of those that are.
+        error: of the outputs, on held-back samples.
+    """
 
     options: QuantizeStatic
     model: Model
@@ -192,6 +209,12 @@ class _Run:
     observed: dict[str, Observed] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
     precise: tuple[str, ...] = ()
+    nodes: int = 0
+    tensors: int = 0
+    clipped: int = 0
+    macs: float = 0.0
+    quantized: float = 0.0
+    error: float | None = None
 
     def run(self) -> None:
         """Calibrate, correct, and rewrite the model."""
@@ -213,16 +236,11 @@ class _Run:
         self._refuse(self.model, reasons)
         if not placement.anchors:
             return
-        macs, quantized = self._macs(anchors), self._macs(placement.anchors)
+        self.macs, self.quantized = self._macs(anchors), self._macs(placement.anchors)
+        self.nodes, self.tensors = len(placement.anchors), len(placement.carried | placement.fed)
+        self.clipped = self._clipped(placement, plan)
         self._note(placement, plan)
         self._emitter(self.model, placement, plan).emit()
-        self.outcome.numbers |= {
-            "nodes quantized": float(len(placement.anchors)),
-            "share of MACs quantized (estimate)": quantized / macs if macs else 0.0,
-            "tensors in int8": float(len(placement.carried | placement.fed)),
-            "ranges clipped": float(self._clipped(placement, plan)),
-            "calibration samples": float(self.data.samples),
-        }
 
     def _observe(self, anchors: dict[str, Anchor], shapes: Shapes) -> int:
         """See what the tensors that int8 may reach hold, one feed first for their sizes; return the batch to run."""
@@ -249,6 +267,7 @@ class _Run:
     def _anchors(self, model: Model, reasons: dict[str, str] | None) -> tuple[dict[str, Anchor], Shapes]:
         """The Conv, Gemm and MatMul nodes of the main graph whose weight can be quantized with its input."""
         shapes = infer_shapes(model, self.context.shapes)
+        stateful = handed_on(model.graph)
         anchors: dict[str, Anchor] = {}
         for node in model.graph.nodes:
             if node.op not in ANCHORS or node.domain or not node.outputs or len(node.inputs) < 2:
@@ -257,6 +276,9 @@ class _Run:
             reason = "it is excluded" if matches(node, self.options.exclude) else anchor_obstacle(node, shapes)
             if name in self.kept:
                 reason = "it is among the layers that add most error"
+            if stateful is not None:
+                state = stateful.name or stateful.outputs[1].name
+                reason = f"the state of {stateful.op} {state!r} goes from run to run, where small errors add up"
             if reason is None:
                 axis = weight_axis(node) if self.options.per_channel else None
                 anchors[name] = Anchor(name, node, axis, len(node.inputs[1].shape))
@@ -293,11 +315,12 @@ class _Run:
         nodes = {node.outputs[0].name: node for node in model.graph.nodes if node.outputs}
         for name, reason in reasons.items():
             self.outcome.refuse("qdq", nodes[name].name or name, f"{nodes[name].op}: {reason}")
-        for graph in itertools.islice(model.graphs(), 1, None):
-            for node in graph.nodes:
+        for body in (*closed_bodies(model), *model.graph.functions):
+            for node in body.nodes:
                 if node.op in ANCHORS and not node.domain:
                     label = node.name or node.outputs[0].name
-                    self.outcome.refuse("qdq", label, f"{node.op}: it is in a body, where activations are not observed")
+                    why = f"{node.op}: it is in a loop or a function, where activations are not observed"
+                    self.outcome.refuse("qdq", label, why)
 
     def _tiny(self, anchor: Anchor) -> bool:
         weight = anchor.node.inputs[1]
@@ -332,7 +355,7 @@ class _Run:
         best = self._reconstructed(judge, split, corrected[method])
         if self.kept and options.weight_only and not self._weights_suffice(judge, best):
             self.precise = self.kept
-        self.outcome.numbers["output error on held-back samples"] = best.error
+        self.error = best.error
         if len(methods) > 1:
             self.outcome.change("calibration", "model", f"ranges by {method}, which has the least output error")
         why = "it does not lower the output error on held-back samples" if split.honest else "there is one feed only"
@@ -528,6 +551,23 @@ class _Progress:
         self.done += 1
         share = min(1.0, self.done / self.batches)
         self.context.progress(round(self.start + share * (self.end - self.start)), 100)
+
+
+def _numbers(runs: list[_Run], data: Dataset) -> dict[str, float]:
+    """Figures for the report, over all graphs."""
+    numbers: dict[str, float] = {}
+    if errors := [run.error for run in runs if run.error is not None]:
+        numbers["output error on held-back samples"] = max(errors)
+    if any(run.nodes for run in runs):
+        macs = sum(run.macs for run in runs)
+        numbers |= {
+            "nodes quantized": float(sum(run.nodes for run in runs)),
+            "share of MACs quantized (estimate)": sum(run.quantized for run in runs) / macs if macs else 0.0,
+            "tensors in int8": float(sum(run.tensors for run in runs)),
+            "ranges clipped": float(sum(run.clipped for run in runs)),
+            "calibration samples": float(data.samples),
+        }
+    return numbers
 
 
 def _least(plans: dict[Method, _Plan]) -> float:

@@ -14,6 +14,7 @@ from onnxslim.measure import snapshot
 from onnxslim.passes.base import Context
 from onnxslim.passes.factorize_low_rank import FactorizeLowRank
 from onnxslim.passes.prune_channels import PruneChannels
+from onnxslim.passes.quantize_static import QuantizeStatic
 from onnxslim.runtime import Session
 
 WIDE = 32
@@ -214,3 +215,9 @@ def test_layers_in_loops_stay_with_a_reason():
     ):
         outcome = rewrite.run(onnxslim.load(proto), Context())
         assert not outcome.changes and [refusal.why for refusal in outcome.refusals] == [why]
+    rows = [{"x": np.random.default_rng(n).standard_normal((1, 64)).astype(np.float32)} for n in range(4)]
+    data = open_dataset(rows, Session(proto).specs)
+    outcome = QuantizeStatic().run(onnxslim.load(proto), Context(calibration=data))
+    assert [change.rule for change in outcome.changes] == ["weight-only int8"]
+    refused = {refusal.node: refusal.why for refusal in outcome.refusals}
+    assert refused["step"] == "MatMul: it is in a loop or a function, where activations are not observed"

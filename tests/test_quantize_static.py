@@ -812,7 +812,8 @@ def test_result_that_is_no_smaller_is_given_back():
     assert model.to_proto() == proto
 
 
-def test_body_of_if_is_refused_but_its_weights_are_stored_in_int8():
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_branch_is_calibrated_where_it_runs_and_stores_its_weights_in_int8_where_it_does_not(taken):
     b = Builder()
     inner = Builder(1)
     inner.node("MatMul", ["x", inner.weight("w", 64, 64)], "then_y")
@@ -827,11 +828,51 @@ def test_body_of_if_is_refused_but_its_weights_are_stored_in_int8():
     )
     b.nodes.append(helper.make_node("If", ["c"], ["y"], "if", then_branch=then, else_branch=other))
     proto = b.model({"x": ["N", 64], "c": []}, {"y": ["N", 64]}, kinds={"c": TensorProto.BOOL})
-    feeds = [{"x": np.random.default_rng(0).normal(size=(1, 64)).astype(np.float32), "c": np.array(True)}]
+    rng = np.random.default_rng(0)
+    feeds = [{"x": rng.normal(size=(1, 64)).astype(np.float32), "c": np.array(taken)} for _ in range(12)]
     model, outcome = quantize(proto, feeds)
-    assert "in a body" in whys(outcome)
-    assert outcome.numbers["weights stored in int8 only"] == 64 * 64
-    assert decibels(proto, model, feeds) > 35
+    ops = [node.op for graph in model.graphs() for node in graph.nodes]
+    if taken:
+        assert outcome.numbers["nodes quantized"] == 1
+        assert outcome.numbers["share of MACs quantized (estimate)"] == 1
+        assert "QuantizeLinear" in ops
+    else:
+        assert "if (then_branch): stays as it is: the calibration data never takes this branch" in whys(outcome)
+        assert outcome.numbers["weights stored in int8 only"] == 64 * 64
+        assert "QuantizeLinear" not in ops
+    both = [{**feed, "c": np.array(c)} for feed in feeds for c in (True, False)]
+    assert decibels(proto, model, both) > 33
+
+
+def streaming_gru(start: str, end: str) -> onnx.ModelProto:
+    """A Gemm and a GRU over one step: where its first state comes from, and what leaves the graph."""
+    b = Builder()
+    b.node("Gemm", ["x", b.weight("w", 64, 64)], "a")
+    b.node("Unsqueeze", ["a", b.constant("first", np.array([0]))], "s")
+    b.node("Unsqueeze", ["state", b.constant("front", np.array([0]))], "given")
+    b.node("Tanh", ["given"], "squashed")
+    initial = {"input": "given", "computed": "squashed", "zero": ""}[start]
+    inputs = ["s", b.weight("gw", 1, 96, 64), b.weight("gr", 1, 96, 32), "", "", initial]
+    b.nodes.append(helper.make_node("GRU", inputs, ["all", "last"], "gru", hidden_size=32))
+    b.node("Squeeze", ["last", "first"], "next")
+    b.node("Squeeze", ["all", b.constant("two", np.array([0, 1]))], "y")
+    return b.model({"x": ["N", 64], "state": ["N", 32]}, {name: ["N", 32] for name in end.split()})
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "stays"),
+    [("input", "y next", True), ("computed", "y next", False), ("zero", "y next", False), ("input", "y", False)],
+)
+def test_layers_before_state_that_is_handed_on_stay_float(start, end, stays):
+    rng = np.random.default_rng(0)
+    feeds = [{n: rng.normal(size=(2, k)).astype(np.float32) for n, k in (("x", 64), ("state", 32))} for _ in range(8)]
+    proto = streaming_gru(start, end)
+    model, outcome = quantize(proto, feeds)
+    ops = {node.op for node in model.graph.nodes}
+    assert ("QuantizeLinear" in ops) is not stays
+    assert ("a: Gemm: the state of GRU 'gru' goes from run to run, where small errors add up" in whys(outcome)) is stays
+    assert outcome.numbers["share of weights in int8"] > 0.9
+    assert decibels(proto, model, feeds) > 30
 
 
 def test_excluded_nodes_stay_as_they_are():
