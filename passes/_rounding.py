@@ -10,19 +10,17 @@ depthwise ones near the input do, hangs on this more than on the number of bits.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxslim.passes._codebook import Feedback
-from onnxslim.passes._placement import Anchor, weight_axis
+from onnxslim.passes._placement import Anchor
 from onnxslim.passes._qdq import CODE_LIMIT, MIDDLE, Emitter, WeightCodes
 from onnxslim.passes._statistics import LinearLayer, Moments, input_moments, linear_layer
 
 __all__ = ["reconstruct", "round_rows"]
 
-Array = NDArray[Any]
 FloatArray = NDArray[np.float64]
 
 _MOST_INPUTS = 4608  # of a layer: its moments take 170 MB
@@ -93,23 +91,13 @@ def _rounded(emitter: Emitter, anchor: Anchor, layer: LinearLayer, seen: Moments
     groups, outputs, _ = layer.shape
     scale = np.broadcast_to(plain.scale.astype(np.float64), groups * outputs).reshape(groups, outputs, 1)
     codes = round_rows(
-        _as_rows(layer.weight.values, layer).astype(np.float64),
-        _as_rows(plain.codes, layer),
+        layer.rows_of(np.asarray(layer.weight.values, np.float64)),
+        layer.rows_of(plain.codes),
         scale,
         metric,
         pairs=emitter.adds_in_pairs(anchor),
     )
-    if not layer.spatial:
-        codes = codes[0] if weight_axis(layer.node) == 0 else codes[0].T
-    return WeightCodes(np.ascontiguousarray(codes.reshape(plain.codes.shape)), plain.scale)
-
-
-def _as_rows(values: Array, layer: LinearLayer) -> Array:
-    """A weight in its own layout as ``[G, O, K]``."""
-    values = np.asarray(values)
-    if layer.spatial:
-        return values.reshape(layer.shape)
-    return (values if weight_axis(layer.node) == 0 else values.T)[None]
+    return WeightCodes(layer.stored_as(codes), plain.scale)
 
 
 def round_rows(

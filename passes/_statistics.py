@@ -1,16 +1,17 @@
 """What calibration data says about the input of a layer: streamed means and second moments in float64.
 
 A convolution, Gemm or MatMul with constant weights is a linear map of *rows*: ``y = W x + b`` where ``x`` is a patch
-of the input (im2col, padding inside, strides and dilations respected) or the last axis of a matrix. Everything that is
-fitted in closed form (least-squares recovery, whitened SVD, bias correction, activation-weighted norms) needs only the
-mean of those rows and their second moment, so memory is ``K * K`` a layer and never grows with the data:
+of the input (im2col, padding inside, strides and dilations respected; of a transposed convolution, zeros between the
+inputs) or the last axis of a matrix. Everything that is fitted in closed form (least-squares recovery, whitened SVD,
+bias correction, activation-weighted norms) needs only the mean of those rows and their second moment, so memory is
+``K * K`` a layer and never grows with the data:
 
     layer = linear_layer(node)                               # None when the node is no such layer
     moments = input_moments(model, [node], feeds)[id(node)]  # one forward pass for any number of nodes
     moments.mean, moments.covariance, moments.count          # [G, K], [G, K, K], rows
 
 Shapes: ``G`` groups (1 unless a grouped or depthwise convolution), ``O`` outputs a group, ``K`` inputs a group:
-``channels / G * kernel``, in the order of the weight's own axes (channel, then kernel positions).
+``channels / G * kernel``, channel by channel, each with its kernel positions in the order of the weight.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from onnxslim.graph.walk import constant_value
@@ -49,11 +49,12 @@ class Rows:
 
 @dataclass(eq=False)
 class LinearLayer:
-    """A Conv, Gemm or MatMul node with a constant weight, seen as ``y[g] = matrices[g] @ x[g] + bias[g]`` on rows.
+    """A (transposed) convolution, Gemm or MatMul with a constant weight: on rows, ``y = matrices[g] @ x + bias[g]``.
 
     Attributes:
         node: the node itself.
-        weight: its stored weight: Conv ``[G * O, K...]``, Gemm and MatMul ``[K, O]`` (or ``[O, K]`` with transB).
+        weight: its stored weight: Conv ``[G * O, K...]``, ConvTranspose ``[C, O, kernel]``, Gemm and MatMul ``[K, O]``
+            (or ``[O, K]`` with transB).
         groups: number of independent blocks.
     """
 
@@ -67,7 +68,12 @@ class LinearLayer:
     @property
     def spatial(self) -> bool:
         """Whether this is a convolution, with rows drawn from the positions of a feature map."""
-        return bool(self.node.op == "Conv")
+        return bool(self.node.op in ("Conv", "ConvTranspose"))
+
+    @property
+    def upsampling(self) -> bool:
+        """Whether this is a transposed convolution: a tap reaches one output position in ``prod(strides)``."""
+        return bool(self.node.op == "ConvTranspose")
 
     @property
     def data(self) -> gs.Tensor:
@@ -83,10 +89,16 @@ class LinearLayer:
     def shape(self) -> tuple[int, int, int]:
         """``(G, O, K)``."""
         dims = [int(d) for d in self.weight.shape]
+        if self.upsampling:
+            return self.groups, dims[1], dims[0] // self.groups * math.prod(dims[2:])
         if self.spatial:
             return self.groups, dims[0] // self.groups, math.prod(dims[1:])
         outputs, inputs = dims if self._transposed else reversed(dims)
         return 1, outputs, inputs
+
+    @property
+    def _kernel(self) -> list[int]:
+        return [int(d) for d in self.weight.shape[2:]]
 
     @property
     def _transposed(self) -> bool:
@@ -96,20 +108,32 @@ class LinearLayer:
     def _alpha(self) -> float:
         return float(self.node.attrs.get("alpha", 1.0)) if self.node.op == "Gemm" else 1.0
 
-    def matrices(self) -> FloatArray:
-        """The weight as float64 ``[G, O, K]`` (a Gemm's alpha multiplied in)."""
-        values = np.asarray(self.weight.values, dtype=np.float64)
+    def rows_of(self, stored: Array) -> Array:
+        """A tensor in the layout of the stored weight as ``[G, O, K]``."""
+        groups, outputs, inputs = self.shape
+        if self.upsampling:
+            return stored.reshape(groups, -1, outputs, math.prod(self._kernel)).swapaxes(1, 2).reshape(self.shape)
         if self.spatial:
-            return values.reshape(self.shape)
-        return (values if self._transposed else values.T)[None] * self._alpha
+            return stored.reshape(self.shape)
+        return (stored if self._transposed else stored.T).reshape(1, outputs, inputs)
+
+    def stored_as(self, rows: Array) -> Array:
+        """``rows`` ``[G, O, K]`` in the layout of the stored weight: the inverse of `rows_of`."""
+        groups, outputs, _ = self.shape
+        if self.upsampling:
+            rows = rows.reshape(groups, outputs, -1, math.prod(self._kernel)).swapaxes(1, 2)
+        elif not self.spatial:
+            rows = rows[0] if self._transposed else rows[0].T
+        return np.ascontiguousarray(rows).reshape([int(d) for d in self.weight.shape])
+
+    def matrices(self, stored: Array | None = None) -> FloatArray:
+        """The weight, or one ``stored`` in its place, as float64 ``[G, O, K]`` (a Gemm's alpha multiplied in)."""
+        values = np.asarray(self.weight.values if stored is None else stored, np.float64)
+        return np.asarray(self.rows_of(values) * self._alpha)
 
     def stored(self, matrices: Array) -> Array:
         """``matrices`` ``[G, O, K]`` in the layout and dtype of the node's weight: the inverse of `matrices`."""
-        dtype = self.weight.dtype
-        if self.spatial:
-            return matrices.reshape([int(d) for d in self.weight.shape]).astype(dtype)
-        plain = matrices[0] / self._alpha
-        return np.ascontiguousarray(plain if self._transposed else plain.T).astype(dtype)
+        return self.stored_as(matrices / self._alpha).astype(self.weight.dtype)
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the output for an input of this shape."""
@@ -117,21 +141,28 @@ class LinearLayer:
         if not self.spatial:
             return (*shape[:-1], outputs)
         begins, ends = self._padding(shape[2:])
-        kernel = [int(d) for d in self.weight.shape[2:]]
-        reach = [(k - 1) * d + 1 for k, d in zip(kernel, self.dilations, strict=True)]
+        reach = [(k - 1) * d + 1 for k, d in zip(self._kernel, self.dilations, strict=True)]
         axes = zip(shape[2:], begins, ends, reach, self.strides, strict=True)
-        return (shape[0], groups * outputs, *(max(0, (n + a + b - r) // s + 1) for n, a, b, r, s in axes))
+        if self.upsampling:
+            more = self.node.attrs.get("output_padding", [0] * len(reach))
+            sizes = [(n - 1) * s + r - a - b + m for (n, a, b, r, s), m in zip(axes, more, strict=True)]
+        else:
+            sizes = [(n + a + b - r) // s + 1 for n, a, b, r, s in axes]
+        return (shape[0], groups * outputs, *(max(0, size) for size in sizes))
 
     def draw(self, output_shape: Sequence[int], rng: np.random.Generator, per_sample: int = ROWS_PER_SAMPLE) -> Rows:
         """Choose rows of one batch by the shape of the layer's output: ``per_sample`` positions of every sample.
 
-        A matrix input ``[B, T, K]`` counts as ``B`` samples of ``T`` positions, ``[B, K]`` as one position each.
+        A matrix input ``[B, T, K]`` counts as ``B`` samples of ``T`` positions, ``[B, K]`` as one position each. Of a
+        transposed convolution more are drawn, so that each of its taps is seen as often as another layer's.
         """
         if self.spatial:
             samples, positions = int(output_shape[0]), math.prod(output_shape[2:])
         else:
             samples = int(output_shape[0]) if len(output_shape) > 1 else 1
             positions = math.prod(output_shape[1:-1])
+        if self.upsampling:
+            per_sample *= math.prod(self.strides)
         if positions <= per_sample:
             picks = np.broadcast_to(np.arange(positions), (samples, positions))
         else:
@@ -143,19 +174,33 @@ class LinearLayer:
         if not self.spatial:
             samples = x.shape[0] if x.ndim > 1 else 1
             return x.reshape(samples, -1, x.shape[-1])[rows.sample, rows.position][None]
-        kernel = [int(d) for d in self.weight.shape[2:]]
-        begins, ends = self._padding(x.shape[2:])
-        padded = np.pad(x, [(0, 0), (0, 0), *zip(begins, ends, strict=True)])
-        reach = [(k - 1) * d + 1 for k, d in zip(kernel, self.dilations, strict=True)]
-        windows = sliding_window_view(padded, reach, axis=tuple(range(2, x.ndim)))  # [N, C, *out, *reach], a view
-        steps = tuple(slice(None, None, s) for s in self.strides)
-        taps = tuple(slice(None, None, d) for d in self.dilations)
-        windows = windows[(slice(None), slice(None), *steps, *taps)]
-        where = np.unravel_index(rows.position, windows.shape[2 : x.ndim])
-        index: tuple[Any, ...] = (rows.sample, slice(None), *where)
-        patches = windows[index]  # [R, C, *kernel]
-        rows_of: Array = patches.reshape(len(patches), self.groups, -1)
-        return rows_of.transpose(1, 0, 2)
+        source, inside = self._sources(x.shape, rows.position)
+        patches = x.reshape(*x.shape[:2], -1)[rows.sample[:, None], :, source]  # [R, taps, C]
+        patches[~inside] = 0
+        return patches.swapaxes(1, 2).reshape(len(patches), self.groups, -1).swapaxes(0, 1)
+
+    def _sources(self, shape: Sequence[int], positions: NDArray[np.intp]) -> tuple[Array, Array]:
+        """Which flat input position each tap reads for these output positions, and whether there is one: ``[R, taps]``.
+
+        A transposed convolution writes input ``i`` by tap ``t`` to ``i * stride - pad + t * dilation``; read backwards,
+        its tap has an input where that can be solved for ``i``.
+        """
+        begins, _ = self._padding(shape[2:])
+        source, inside = np.zeros((len(positions), 1), np.intp), np.ones((len(positions), 1), bool)
+        axes = zip(
+            np.unravel_index(positions, self.output_shape(shape)[2:]),
+            shape[2:], begins, self._kernel, self.strides, self.dilations, strict=True,
+        )  # fmt: skip
+        for place, size, begin, kernel, stride, dilation in axes:
+            taps = np.arange(kernel) * dilation
+            if self.upsampling:
+                at, rest = np.divmod(place[:, None] + begin - taps, stride)
+            else:
+                at, rest = place[:, None] * stride - begin + taps, np.zeros(1, np.intp)
+            there = (rest == 0) & (at >= 0) & (at < size)
+            source = (source[:, :, None] * size + np.where(there, at, 0)[:, None, :]).reshape(len(positions), -1)
+            inside = (inside[:, :, None] & there[:, None, :]).reshape(len(positions), -1)
+        return source, inside
 
     def output_rows(self, y: Array, rows: Rows, channels: NDArray[np.integer] | None = None) -> Array:
         """The same rows of an output batch, ``[G, R, O]`` in the dtype of ``y``.
@@ -177,8 +222,7 @@ class LinearLayer:
         if not isinstance(self.pads, str):
             return list(self.pads[:rank]), list(self.pads[rank:])
         begins, ends = [], []
-        kernel = [int(d) for d in self.weight.shape[2:]]
-        for n, k, s, d in zip(size, kernel, self.strides, self.dilations, strict=True):
+        for n, k, s, d in zip(size, self._kernel, self.strides, self.dilations, strict=True):
             total = max(0, (-(-n // s) - 1) * s + (k - 1) * d + 1 - n)
             small, large = total // 2, total - total // 2
             begins.append(small if self.pads == "SAME_UPPER" else large)
@@ -189,10 +233,13 @@ class LinearLayer:
 def linear_layer(node: gs.Node) -> LinearLayer | None:
     """``node`` as a `LinearLayer`, or None: another op, a weight that is no initializer, or a layout without rows.
 
-    A MatMul counts when its second input is a constant matrix, a Gemm when its first input is not transposed. Weights
-    in Constant nodes must have been hoisted (``onnxslim.graph.walk.hoist_constants``).
+    A MatMul counts when its second input is a constant matrix, a Gemm when its first input is not transposed, a
+    ConvTranspose when its padding does not depend on sizes. Weights in Constant nodes must have been hoisted
+    (``onnxslim.graph.walk.hoist_constants``).
     """
-    if node.op not in ("Conv", "Gemm", "MatMul") or node.domain not in (None, "", "ai.onnx") or len(node.inputs) < 2:
+    if node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or node.domain not in (None, "", "ai.onnx"):
+        return None
+    if len(node.inputs) < 2:
         return None
     weight = node.inputs[1]
     if not isinstance(weight, gs.Constant) or not np.issubdtype(np.dtype(weight.dtype), np.floating):
@@ -200,11 +247,13 @@ def linear_layer(node: gs.Node) -> LinearLayer | None:
     if isinstance(node.inputs[0], gs.Constant) or constant_value(node.inputs[0]) is not None:
         return None
     rank = len(weight.shape)
-    if node.op == "Conv":
+    if node.op in ("Conv", "ConvTranspose"):
         spatial = rank - 2
         auto = node.attrs.get("auto_pad", "NOTSET")
         auto = auto.decode() if isinstance(auto, bytes) else str(auto)
         pads = auto if auto.startswith("SAME") else tuple(node.attrs.get("pads", [0] * 2 * spatial))
+        if node.op == "ConvTranspose" and (isinstance(pads, str) or "output_shape" in node.attrs):
+            return None
         if auto == "VALID":
             pads = (0,) * (2 * spatial)
         strides = tuple(node.attrs.get("strides", [1] * spatial))

@@ -268,7 +268,7 @@ class ShareWeights(Pass):
         energy = np.diagonal(covariance, axis1=1, axis2=2)
         if moments.count < 2 or not np.isfinite(energy).all() or not energy.max() > 0:
             return plain
-        best, least = plain, loss(_matrices(layer, plain.decode()), held)
+        best, least = plain, loss(layer.matrices(plain.decode()), held)
         spread = channel_weights(moments)[:, :, None] * (energy[:, None, :] + 1e-3 * energy.mean())
         importance = layer.stored(np.ascontiguousarray(spread)).astype(np.float64)
         feedback = Feedback(covariance)
@@ -276,13 +276,13 @@ class ShareWeights(Pass):
             stored = layer.stored(matrices)
             first = self._cluster(target, stored, importance)
             ones = np.ones(stored.shape) if first.scale is None else np.broadcast_to(first.scale, stored.shape)
-            scales, book = _matrices(layer, ones.astype(np.float64)), first.codebook.astype(np.float64)
-            indices = feedback.assign(_matrices(layer, stored), book, scales)
+            scales, book = layer.matrices(ones.astype(np.float64)), first.codebook.astype(np.float64)
+            indices = feedback.assign(layer.matrices(stored), book, scales)
             # The exact index back in the layout of the weight: the value decides it.
-            values = _unscaled(layer, book[indices])
+            values = layer.stored_as(book[indices])
             coded = dataclasses.replace(first, indices=nearest(values, book))
             for option in (first, coded):
-                error = loss(_matrices(layer, option.decode()), held)
+                error = loss(layer.matrices(option.decode()), held)
                 if error < least:
                     best, least = option, error
         return best
@@ -302,18 +302,6 @@ class _Plan:
 
     coded: dict[int, Coded]
     shifts: list[tuple[int, gs.Node, FloatArray]]
-
-
-def _matrices(layer: LinearLayer, stored: Array) -> FloatArray:
-    """``layer.matrices()`` as it would be with another stored weight."""
-    return dataclasses.replace(layer, weight=gs.Constant("", np.asarray(stored))).matrices()
-
-
-def _unscaled(layer: LinearLayer, matrices: FloatArray) -> FloatArray:
-    """``[G, O, K]`` in the layout of the stored weight, without what a Gemm's alpha would divide out."""
-    exact = dataclasses.replace(layer, weight=gs.Constant("", np.empty(layer.weight.shape, np.float64)))
-    exact.node = gs.Node(layer.node.op, attrs={k: v for k, v in layer.node.attrs.items() if k != "alpha"})
-    return exact.stored(matrices)
 
 
 def _twins(model: Model, copied: Model, targets: dict[int, _Target]) -> dict[int, gs.Constant]:

@@ -273,28 +273,31 @@ def test_weaker_ends():
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_rows_of_a_convolution_give_its_output(draw):
     pick = draw.draw
-    rank, groups = pick(st.integers(1, 2)), pick(st.sampled_from([1, 2, 4]))
+    op = pick(st.sampled_from(["Conv", "ConvTranspose"]))
+    rank, groups = pick(st.integers(1, 3)), pick(st.sampled_from([1, 2, 4]))
     cin, cout = groups * pick(st.integers(1, 2)), groups * pick(st.integers(1, 3))
     kernel = [pick(st.integers(1, 3)) for _ in range(rank)]
     attrs = {
         "group": groups,
-        "strides": [pick(st.integers(1, 2)) for _ in range(rank)],
+        "strides": [pick(st.integers(1, 3)) for _ in range(rank)],
         "dilations": [pick(st.integers(1, 2)) for _ in range(rank)],
     }
-    if pick(st.booleans()):
+    if op == "Conv" and pick(st.booleans()):
         attrs |= {"auto_pad": pick(st.sampled_from(["SAME_UPPER", "SAME_LOWER"])), "dilations": [1] * rank}
-    else:
+    elif op == "Conv" or pick(st.booleans()):
         attrs["pads"] = [pick(st.integers(0, 2)) for _ in range(2 * rank)]
+    if op == "ConvTranspose" and pick(st.booleans()):
+        attrs["output_padding"] = [pick(st.integers(0, stride - 1)) for stride in attrs["strides"]]
+    shape = (cin, cout // groups, *kernel) if op == "ConvTranspose" else (cout, cin // groups, *kernel)
     rng = np.random.default_rng(0)
-    weights = {"w": rng.standard_normal((cout, cin // groups, *kernel)), "b": rng.standard_normal(cout)}
-    model = build(
-        [helper.make_node("Conv", ["x", "w", "b"], ["y"], **attrs)], weights, [("x", ["N", cin, *[7] * rank])]
-    )
-    x = rng.standard_normal((3, cin, *[7] * rank)).astype(np.float32)
+    weights = {"w": rng.standard_normal(shape), "b": rng.standard_normal(cout)}
+    sizes = [7, 6, 5][:rank]
+    model = build([helper.make_node(op, ["x", "w", "b"], ["y"], **attrs)], weights, [("x", ["N", cin, *sizes])])
+    x = rng.standard_normal((3, cin, *sizes)).astype(np.float32)
     y = run(model, {"x": x})
     layer = linear_layer(model.graph.nodes[0])
     assert layer.output_shape(x.shape) == y.shape
@@ -303,6 +306,44 @@ def test_rows_of_a_convolution_give_its_output(draw):
     bias = weights["b"].reshape(groups, 1, -1)
     np.testing.assert_allclose(mine + bias, layer.output_rows(y, rows), atol=1e-4)
     np.testing.assert_array_equal(layer.stored(layer.matrices()), layer.weight.values)
+
+
+@pytest.mark.parametrize("attrs", [{"auto_pad": "SAME_UPPER"}, {"output_shape": [16, 16]}])
+def test_transposed_convolution_whose_padding_depends_on_sizes_has_no_rows(attrs):
+    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], strides=[2, 2], **attrs)
+    assert linear_layer(build([node], {"w": np.ones((3, 2, 3, 3))}).graph.nodes[0]) is None
+
+
+def test_transposed_convolutions_are_refitted():
+    """A decoder whose maps are redundant: half of the channels go, and those that are left make up for it."""
+    rng = np.random.default_rng(2)
+    mix = rng.standard_normal((4, 32))  # 32 channels of 4 patterns: half can be had from the other half
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["h"], "make", pads=[1, 1, 1, 1]),
+        helper.make_node("ConvTranspose", ["h", "w2", "b2"], ["u"], "up", strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["u"], ["r"]),
+        helper.make_node("ConvTranspose", ["r", "w3"], ["y"], "head", strides=[2, 2]),
+    ]
+    weights = {
+        "w1": np.einsum("pc,pikl->cikl", mix, rng.standard_normal((4, 3, 3, 3))),
+        "w2": rng.standard_normal((32, 16, 4, 4)),
+        "b2": rng.standard_normal(16),
+        "w3": rng.standard_normal((16, 1, 2, 2)),
+    }
+    model = build(nodes, weights)
+    calibration, held = data(model, 64), data(model, 64, seed=9)
+    feed = next(iter(held.batches(64)))
+    original = run(model, feed)
+    errors = {}
+    for recover in (False, True):
+        pruned = model.copy()
+        outcome = PruneChannels(ratio=0.5, recover=recover, exclude=("up",)).run(
+            pruned, Context(calibration=calibration)
+        )
+        errors[recover] = float(np.square(run(pruned, feed) - original).mean() / original.var())
+    assert [change.node for change in outcome.changes if change.rule == "least-squares"] == ["up", "head"]
+    assert outcome.numbers["channels removed"] == 16
+    assert errors[True] < 1e-3 < 0.1 < errors[False]
 
 
 @pytest.mark.parametrize("op, attrs", [("Gemm", {"transB": 1, "alpha": 0.5}), ("Gemm", {}), ("MatMul", {})])
