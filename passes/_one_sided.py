@@ -98,25 +98,36 @@ class Kept:
         total = max(sum(part.shape[1] for part in x), 1)
         added = self.added.reshape(groups, 1, outputs).astype(np.float32)
         weights = inverse @ right  # [G, K, O]
-        for _ in range(ROUNDS):
-            gram = np.zeros_like(right)
-            mean = np.zeros_like(mean_y)
+        best, least = (weights, shift), np.inf
+        for round_ in range(ROUNDS + 1):
+            gram, mean, noise = np.zeros_like(right), np.zeros_like(mean_y), 0.0
             narrow, offset = weights.astype(np.float32), shift[:, None].astype(np.float32)
             for inputs, targets, beside in zip(x, self.targets, self.beside, strict=True):
                 rest = added + beside
                 now, wanted = inputs @ narrow + offset + rest, targets + rest
+                noise += float(np.square(self._seen(now) - self._seen(wanted)).sum(dtype=np.float64))
                 moved = np.where(wanted <= self.low, np.minimum(now, self.low) - wanted, 0.0)
                 moved += np.where(wanted >= self.high, np.maximum(now, self.high) - wanted, 0.0)
                 gram += inputs.transpose(0, 2, 1) @ moved
                 mean += moved.sum(axis=1)
+            # Where fewer rows are kept than there are inputs, these tell too little of all others: it may diverge.
+            if not noise < least:
+                break
+            best, least = (weights, shift), noise
+            if round_ == ROUNDS:
+                break
             mean /= total
             if means is not None:
                 inner = sum(part.sum(axis=1, dtype=np.float64) for part in x) / total
                 gram -= total * inner[:, :, None] * mean[:, None]
                 shift = mean_y + mean
             weights = inverse @ (right + gram / total)
+        weights, shift = best
         matrices = weights.transpose(0, 2, 1)
         return matrices, shift - np.einsum("gok,gk->go", matrices, mean_x)
+
+    def _seen(self, output: np.ndarray) -> np.ndarray:
+        return np.clip(output, self.low, self.high)
 
     def error(self, matrices: FloatArray, bias: FloatArray) -> float:
         """Mean squared error of what is seen of the output, over its variance; arguments as `solve` returns them."""
@@ -124,7 +135,7 @@ class Kept:
         noise, seen = 0.0, []
         for inputs, targets, beside in zip(self.inputs, self.targets, self.beside, strict=True):
             now = inputs @ matrices.transpose(0, 2, 1) + bias[:, None]
-            wanted, given = (np.clip(value + added + beside, self.low, self.high) for value in (targets, now))
+            wanted, given = (self._seen(value + added + beside) for value in (targets, now))
             noise += float(np.square(given - wanted).sum())
             seen.append(wanted)
         rows = np.concatenate(seen, axis=1)
