@@ -151,3 +151,21 @@ def test_refit_fits_what_the_activation_lets_through(kind, monkeypatch):
         want, got = (Session(one).run({"x": x})["y"] for one in (teacher, model))
         errors[seen] = float(np.square(want - got).mean())
     assert errors[True] < 0.98 * errors[False]
+
+
+def test_rounds_on_fewer_rows_than_inputs_do_no_harm(monkeypatch):
+    """Correlated inputs of which few rows are kept: left alone, the rounds diverge."""
+    monkeypatch.setattr("onnxslim.passes._one_sided._BYTES", 64 << 10)
+    x = RNG.normal(size=(1, 4000, 24)) @ RNG.normal(size=(24, 200)) + 0.02 * RNG.normal(size=(1, 4000, 200))
+    y = x @ RNG.normal(size=(200, 4)) + 20 * RNG.normal(size=(1, 4000, 4)) - 60
+    mean_x, mean_y = x.mean(axis=1), y.mean(axis=1)
+    left = np.einsum("grk,grl->gkl", x - mean_x[:, None], x - mean_x[:, None]) / 4000 + 1e-4 * np.eye(200)
+    right = np.einsum("grk,gro->gko", x - mean_x[:, None], y - mean_y[:, None]) / 4000
+    plain = np.linalg.solve(left, right).transpose(0, 2, 1)
+    kept = Kept(0.0, np.inf, np.zeros(4))
+    for part in range(4):
+        kept.add(x[:, part * 1000 : part * 1000 + 1000], y[:, part * 1000 : part * 1000 + 1000], None)
+    assert sum(part.shape[1] for part in kept.inputs) < 200
+    fitted, bias = kept.solve(left, right, (mean_x, mean_y))
+    before = kept.error(plain, mean_y - np.einsum("gok,gk->go", plain, mean_x))
+    assert kept.error(fitted, bias) <= before * (1 + 1e-4)
