@@ -96,7 +96,13 @@ def readers(group: Group) -> list[Reader]:
 
 
 def reader_moments(
-    model: Model, found: Sequence[Reader], feeds: Callable[[], Iterable[Feed]], *, per_sample: int, seed: int
+    model: Model,
+    found: Sequence[Reader],
+    feeds: Callable[[], Iterable[Feed]],
+    *,
+    per_sample: int,
+    samples: int | None = None,
+    seed: int,
 ) -> dict[Reader, Moments]:
     """What readers get, over the columns of their `matrix`; a pass over the data, and one more for wide readers.
 
@@ -104,7 +110,8 @@ def reader_moments(
         SlimError: the model does not run on the feeds.
     """
     narrow = {id(reader.layer.node): reader.layer.node for reader in found if not reader.wide}
-    seen = input_moments(model, list(narrow.values()), feeds(), per_sample=per_sample, seed=seed) if narrow else {}
+    nodes = list(narrow.values())
+    seen = input_moments(model, nodes, feeds(), per_sample=per_sample, samples=samples, seed=seed) if narrow else {}
     moments = {reader: seen[id(reader.layer.node)] for reader in found if not reader.wide}
     wide = [reader for reader in found if reader.wide]
     if not wide:

@@ -32,8 +32,8 @@ __all__ = ["Refit", "recover", "relative_error", "solve"]
 FloatArray = NDArray[np.float64]
 Feed = dict[str, np.ndarray]
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # tried on held-out samples where none is given
-_WIDEST_TRIAL = 1152  # inputs of a layer up to which that is affordable: eight solves and a second set of moments
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # tried on held-out samples where none is given
+_WIDEST_TRIAL = 1152  # inputs of a layer up to which that is affordable: ten solves and a second set of moments
 
 
 @dataclass
@@ -112,6 +112,7 @@ def recover(
     *,
     ridge: float | None,
     per_sample: int,
+    samples: int | None = None,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Refit]:
@@ -126,6 +127,7 @@ def recover(
         ridge: strength of the pull to the cut weights, in units of the inputs' mean variance; None chooses it for each
             layer on samples held out.
         per_sample: rows drawn from each sample.
+        samples: how many there are, for wide layers to draw more where that is few; None draws no more.
         seed: of the draw.
         progress: called with layers done and layers to do.
 
@@ -144,7 +146,8 @@ def recover(
         targets = original.step(sorted({task.target.name for task in tasks}))
         for x, y in zip(inputs, targets, strict=True):
             for task in tasks:
-                task.observe(x, y[task.target.name], rng, per_sample)
+                each = per_sample if samples is None else task.layer.rows_each(samples, per_sample)
+                task.observe(x, y[task.target.name], rng, each)
         for task in tasks:
             for part in task.parts:
                 part.settle()
@@ -285,7 +288,7 @@ def _best_ridge(parts: list[Moments], start: FloatArray, *, centred: bool) -> fl
     """
     if len(parts) == 1 or min(part.count for part in parts) == 0:
         rows = sum(part.count for part in parts)
-        return float(np.clip(start.shape[2] / rows, RIDGES[0], RIDGES[-1]))
+        return float(np.clip(start.shape[2] / rows, RIDGES[0], 1.0))
     errors = [
         sum(
             relative_error(other, solve(half, start, ridge, centred=centred), centred=centred)

@@ -127,7 +127,7 @@ class Kept:
         return matrices, shift - np.einsum("gok,gk->go", matrices, mean_x)
 
     def _seen(self, output: np.ndarray) -> np.ndarray:
-        return np.clip(output, self.low, self.high)
+        return np.asarray(np.clip(output, self.low, self.high))
 
     def error(self, matrices: FloatArray, bias: FloatArray) -> float:
         """Mean squared error of what is seen of the output, over its variance; arguments as `solve` returns them."""

@@ -8,7 +8,6 @@ be made up for twice.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxslim.passes._statistics import ROWS_PER_SAMPLE, LinearLayer, Moments
+from onnxslim.passes._statistics import LinearLayer, Moments
 
 if TYPE_CHECKING:
     from onnxslim.data import Dataset
@@ -109,7 +108,6 @@ def moments_between(
     found = [Moments.empty(layer.shape[0], layer.shape[2], layer.shape[1]) for layer in layers for _ in range(2)]
     student = Session(working, outputs=sorted({layer.data.name for layer in layers}))
     judge = Session(teacher, outputs=sorted({layer.output.name for layer in layers}))
-    wanted = [math.ceil(10 * layer.shape[2] / data.samples) for layer in layers]
     pending: list[list[tuple[Array, Array]]] = [[] for _ in found]
     rng = np.random.default_rng(seed)
 
@@ -123,7 +121,7 @@ def moments_between(
         seen, asked = student.run(feed), judge.run(feed)
         for index, layer in enumerate(layers):
             y = asked[layer.output.name]
-            drawn = layer.draw(y.shape, rng, min(max(wanted[index], ROWS_PER_SAMPLE), 1024))
+            drawn = layer.draw(y.shape, rng, layer.rows_each(data.samples))
             slot = 2 * index + held
             pending[slot].append((layer.input_rows(seen[layer.data.name], drawn), layer.output_rows(y, drawn)))
             # One large product costs far less than many small ones, of which each adds a whole matrix in float64.

@@ -37,6 +37,7 @@ Array = NDArray[Any]
 FloatArray = NDArray[np.float64]
 
 ROWS_PER_SAMPLE = 40  # positions of a feature map that are drawn from each sample: more add cost, hardly information
+_ROWS_PER_INPUT, _MOST_ROWS = 10, 1024  # but where samples are few: so many rows for each input, so many of a sample
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,10 @@ class LinearLayer:
         else:
             sizes = [(n + a + b - r) // s + 1 for n, a, b, r, s in axes]
         return (shape[0], groups * outputs, *(max(0, size) for size in sizes))
+
+    def rows_each(self, samples: int, at_least: int = ROWS_PER_SAMPLE) -> int:
+        """How many rows to draw from each of so many samples: more where these are few for the width of the layer."""
+        return max(at_least, min(math.ceil(_ROWS_PER_INPUT * self.shape[2] / max(samples, 1)), _MOST_ROWS))
 
     def draw(self, output_shape: Sequence[int], rng: np.random.Generator, per_sample: int = ROWS_PER_SAMPLE) -> Rows:
         """Choose rows of one batch by the shape of the layer's output: ``per_sample`` positions of every sample.
@@ -388,6 +393,7 @@ def input_moments(
     feeds: Iterable[dict[str, Array]],
     *,
     per_sample: int = ROWS_PER_SAMPLE,
+    samples: int | None = None,
     seed: int = 0,
 ) -> dict[int, Moments]:
     """Moments of the inputs of ``nodes`` (of the main graph) over ``feeds``, by ``id(node)``; one forward pass in all.
@@ -397,6 +403,7 @@ def input_moments(
         nodes: any nodes; those that `linear_layer` does not take are left out of the answer.
         feeds: batches, streamed once.
         per_sample: rows drawn at random from each sample of a feature map or sequence (all when it has fewer).
+        samples: how many there are, for wide layers to draw more where that is few; None draws no more.
         seed: of the draw.
 
     Raises:
@@ -417,7 +424,8 @@ def input_moments(
         seen = session.run(feed)
         for key, layer in layers.items():
             data = seen[layer.data.name]
-            rows = layer.draw(layer.output_shape(data.shape), rng, per_sample)
+            each = per_sample if samples is None else layer.rows_each(samples, per_sample)
+            rows = layer.draw(layer.output_shape(data.shape), rng, each)
             moments[key].gather(layer.input_rows(data, rows))
     for found in moments.values():
         found.settle()

@@ -105,7 +105,11 @@ class PruneChannels(Pass):
     )
     exclude: tuple[str, ...] = Field((), description="patterns of node names whose channels are kept, such as 'head.*'")
     max_samples: int = Field(512, ge=1, description="calibration samples to use at most")
-    rows_per_sample: int = Field(40, ge=1, description="positions of a feature map to draw from each sample")
+    rows_per_sample: int = Field(
+        40,
+        ge=1,
+        description="positions of a feature map to draw from each sample; more for wide layers where samples are few",
+    )
 
     def run(self, model: Model, context: Context) -> Outcome:
         """Prune ``model`` in place, the branches of If nodes included, each within a budget of its own.
@@ -153,7 +157,7 @@ class PruneChannels(Pass):
         data = None if context.calibration is None else context.calibration.take(self.max_samples)
         macs, size = _costs(model, coupling, context, data)
         batches = None if data is None else partial(data.batches, max(1, min(_BATCH, _BATCH_BYTES // max(size, 1))))
-        removals = self._removals(model, coupling, choices, batches, context.seed)
+        removals = self._removals(model, coupling, choices, batches, 0 if data is None else data.samples, context.seed)
         weights = weight_costs(coupling, macs)
         budgeted = weights if self.cost == "macs" and any(macs.values()) else weight_costs(coupling)
         measured = self.criterion == "obs" and batches is not None
@@ -177,7 +181,8 @@ class PruneChannels(Pass):
         for index in removed:
             outcome.change(self.name, _title(coupling.groups[index]), _told(coupling.groups[index], widths[index]))
         if teacher is not None and batches is not None:
-            self._recover(model, teacher, coupling, plan, batches, context, outcome)
+            samples = None if data is None else data.samples
+            self._recover(model, teacher, coupling, plan, batches, context, outcome, samples)
         else:
             why = "recover is off" if not self.recover else "there is no calibration data"
             outcome.refuse(_REFIT, _name(model), f"nothing was refitted: {why}")
@@ -276,6 +281,7 @@ class PruneChannels(Pass):
         coupling: Coupling,
         choices: dict[int, Choice],
         batches: Callable[[], Iterable[Feed]] | None,
+        samples: int,
         seed: int,
     ) -> dict[int, Removal]:
         """In which order the channels of each group would go."""
@@ -284,7 +290,8 @@ class PruneChannels(Pass):
             return found
         reading = {index: readers(coupling.groups[index]) for index in choices}
         every = [reader for some in reading.values() for reader in some]
-        moments = reader_moments(model, every, batches, per_sample=self.rows_per_sample, seed=seed)
+        rows = self.rows_per_sample
+        moments = reader_moments(model, every, batches, per_sample=rows, samples=samples, seed=seed)
         return found | {
             index: removal
             for index, some in reading.items()
@@ -302,7 +309,9 @@ class PruneChannels(Pass):
         batches: Callable[[], Iterable[Feed]],
         context: Context,
         outcome: Outcome,
+        samples: int | None = None,
     ) -> None:
+        """Refit; wide layers see more rows of each sample where it is known how many ``samples`` there are."""
         from onnxslim.passes._least_squares import recover
 
         made = {id(use.node): use.axis for use in coupling.uses if use.makes}
@@ -321,6 +330,7 @@ class PruneChannels(Pass):
             batches,
             ridge=self.ridge,
             per_sample=self.rows_per_sample,
+            samples=samples,
             seed=context.seed,
             progress=context.progress,
         )

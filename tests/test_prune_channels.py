@@ -361,6 +361,20 @@ def test_moments_of_a_matrix_product(op, attrs):
     np.testing.assert_allclose(seen.covariance[0], np.cov(rows.T, bias=True), atol=1e-5)
 
 
+def test_wide_layers_see_more_rows_of_few_samples():
+    model = build(
+        [helper.make_node("Conv", ["x", "w"], ["y"])], {"w": np.ones((2, 64, 3, 3))}, [("x", ["N", 64, 40, 40])]
+    )
+    layer = linear_layer(model.graph.nodes[0])
+    assert [layer.rows_each(samples) for samples in (1000, 144, 20, 1)] == [40, 40, 288, 1024]
+    assert layer.rows_each(144, at_least=60) == 60
+    feeds = [{"x": np.random.default_rng(0).standard_normal((20, 64, 40, 40)).astype(np.float32)}]
+    counts = [
+        input_moments(model, [layer.node], feeds, samples=samples)[id(layer.node)].count for samples in (None, 20)
+    ]
+    assert counts == [20 * 40, 20 * 288]
+
+
 def test_gathered_rows_count_as_added_ones():
     rng = np.random.default_rng(0)
     for targets in (0, 3):
