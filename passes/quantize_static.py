@@ -24,6 +24,7 @@ from onnxslim.graph.walk import drop_value_info, hoist_constants, remove_dead_no
 from onnxslim.passes._absorb import absorb
 from onnxslim.passes._calibration import Method, Observed, choose_range, draw_steps, observe
 from onnxslim.passes._correction import Judge, corrections
+from onnxslim.passes._equalize import apply_equalizations, find_equalizations
 from onnxslim.passes._opset import raise_opset
 from onnxslim.passes._placement import ANCHORS, Anchor, Placement, anchor_obstacle, matches, weight_axis
 from onnxslim.passes._qdq import (
@@ -62,6 +63,7 @@ _TINY_WEIGHT, _TINY_MACS = 512, 6_000
 _MOST_KEPT = 8
 _SMALL_ERROR, _LARGE_ERROR = 1e-3, 0.05  # noise over signal of the outputs: no matter; layers are to stay float
 _CLEARLY = 0.7  # times the error before: what leaving more layers in float has to bring it to
+_PAYS_OFF = 0.8  # times the error before: what other scales of channels have to bring it to
 _SENSITIVITY_SECONDS = 60
 _SENSITIVITY_FEEDS = 2
 _AS_FAST = 0.98  # times float's speed: less than this is more than noise
@@ -74,7 +76,8 @@ class QuantizeStatic(Pass):
     Each Conv, Gemm and MatMul with a constant weight becomes ``s_x s_w (q_x - z_x) q_w + b``: activations are uint8
     with one scale and zero a tensor, chosen on the calibration data; weights are int8 with a scale an output channel;
     biases int32. Elementwise and moving ops between them stay in int8 where ONNX Runtime has a kernel that fuses.
-    Biases take back the mean shift of rounding (Nagel et al. 2019), where that lowers the output error on calibration
+    Channels of what layers read are scaled to one size first (cross-layer equalization, SmoothQuant), and
+    biases take back the mean shift of rounding (Nagel et al. 2019), where that lowers the output error on calibration
     data that was held back. Layers that make most of a large output error stay float, and a change names them; so do
     all where recurrent state is handed on from run to run, because calibration does not see errors add up. Other large
     weights (recurrent, transposed convolutions, embeddings, in bodies) are stored in int8 and computed with in
@@ -106,6 +109,7 @@ class QuantizeStatic(Pass):
     only_if_faster: bool = Field(
         True, description="compute in float where int8 is measured slower here; weights are stored in int8 all the same"
     )
+    equalize: bool = Field(True, description="scale channels between layers such that one step fits all of them")
     exclude: tuple[str, ...] = Field((), description="nodes kept in float: shell patterns of names or ops")
     keep_float: Literal["auto"] | NonNegativeInt = Field(
         "auto", description="how many of the layers that add most error stay float; auto: where the error is large"
@@ -341,10 +345,11 @@ class _Run:
         """The plan with the least output error on held-back samples, and the layers that it leaves in float."""
         options = self.options
         methods: tuple[Method, ...] = ("mse", "percentile") if options.calibration == "auto" else (options.calibration,)
-        if len(methods) == 1 and not (options.bias_correction or options.reconstruct or options.keep_float):
+        judged = (options.equalize, options.bias_correction, options.reconstruct, options.keep_float)
+        if len(methods) == 1 and not any(judged):
             return _Plan(self._codes(self._place(self.model), methods[0]))
         judge = self._judge(split.held())
-        plans = self._leave(judge, self._judged(judge, methods))
+        plans = self._leave(judge, self._equalized(judge, split, self._judged(judge, methods)))
         self.context.progress(75, 100)
         # Corrections may turn the order of two methods round, but not where one is far worse.
         least = _least(plans)
@@ -374,6 +379,31 @@ class _Run:
         for plan in plans.values():
             plan.error = judge.error(self._emitted(plan))
         return plans
+
+    def _equalized(self, judge: Judge, split: _Split, plans: dict[Method, _Plan]) -> dict[Method, _Plan]:
+        """The plans after channels were moved and scaled, where that lowers the output error."""
+        before = _least(plans)
+        if not self.options.equalize or before < _SMALL_ERROR:
+            return plans
+        symmetric = RUNTIMES[self.options.runtime].symmetric
+        found = find_equalizations(self.model, self._place(self.model), split.fit(), symmetric=symmetric)
+        if not found:
+            self.outcome.refuse("equalization", "model", "the channels of no tensor would gain from other scales")
+            return plans
+        trial = replace(self, model=self.model.copy())
+        apply_equalizations(trial.model, trial._place(trial.model), found)
+        trial._observe(*trial._anchors(trial.model, None))
+        tried = trial._judged(judge, plans)
+        if _least(tried) > _PAYS_OFF * before:
+            why = f"the output error on held-back samples would be {_least(tried):.3g}, not {before:.3g}"
+            self.outcome.refuse("equalization", "model", why)
+            return plans
+        apply_equalizations(self.model, self._place(self.model), found)
+        self.observed = trial.observed
+        for each in found:
+            what = f"its channels are scaled one by one: {each.noise:.2g} times the noise at what reads it"
+            self.outcome.change("equalization", each.name, what)
+        return tried
 
     def _leave(self, judge: Judge, plans: dict[Method, _Plan]) -> dict[Method, _Plan]:
         """The plans with the layers that add most error in float: as many as were asked for, or as pay off."""
