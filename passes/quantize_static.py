@@ -76,9 +76,9 @@ class QuantizeStatic(Pass):
     Each Conv, Gemm and MatMul with a constant weight becomes ``s_x s_w (q_x - z_x) q_w + b``: activations are uint8
     with one scale and zero a tensor, chosen on the calibration data; weights are int8 with a scale an output channel;
     biases int32. Elementwise and moving ops between them stay in int8 where ONNX Runtime has a kernel that fuses.
-    Channels of what layers read are scaled to one size first (cross-layer equalization, SmoothQuant), and
-    biases take back the mean shift of rounding (Nagel et al. 2019), where that lowers the output error on calibration
-    data that was held back. Layers that make most of a large output error stay float, and a change names them; so do
+    Channels of what layers read are scaled to one size first (cross-layer equalization, SmoothQuant), and biases take
+    back the mean shift of rounding (Nagel et al. 2019), where that lowers the output error on calibration data that was
+    held back. Layers that make most of a large output error stay float, and a change names them; so do
     all where recurrent state is handed on from run to run, because calibration does not see errors add up. Other large
     weights (recurrent, transposed convolutions, embeddings, in bodies) are stored in int8 and computed with in
     float; so are all of them where ONNX Runtime, on one thread of this machine, is no faster in int8.

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from test_quantize_static import Builder, images, quantize
 
-from onnxslim import load
+from onnxslim import Model, load
 from onnxslim.graph.shapes import infer_shapes
 from onnxslim.passes._equalize import apply_equalizations, find_equalizations
 from onnxslim.passes._placement import ANCHORS, Anchor, Placement, anchor_obstacle, weight_axis
@@ -22,7 +22,7 @@ def uneven(count: int, seed: int = 5, decades: float = 1.5) -> np.ndarray:
     return (10 ** random.uniform(-decades, decades, count)).astype(np.float32)
 
 
-def placed(model) -> Placement:  # noqa: ANN001
+def placed(model: Model) -> Placement:
     shapes = infer_shapes(model)
     anchors = {
         node.outputs[0].name: Anchor(node.outputs[0].name, node, weight_axis(node), len(node.inputs[1].shape))
