@@ -26,12 +26,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxslim.graph.shapes import Shapes
-from onnxslim.graph.walk import constant_value
+from onnxslim.graph.walk import constant_value, subgraphs
 
 __all__ = ["Anchor", "Chain", "Placement", "Propagator", "anchor_obstacle", "matches", "scalar", "weight_axis"]
 
 ANCHORS = ("Conv", "Gemm", "MatMul")
 _SAME = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Expand", "Split", "MaxPool", "Resize")
+_HANDED_ON = (*_SAME, "Identity", "Gather", "GatherElements", "Tile", "ReduceMax", "ReduceMin")
 _MOVED = ("Pad", "DepthToSpace", "SpaceToDepth")  # not among those that ONNX Runtime turns: written on codes directly
 _ARITHMETIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid")
 _REDUCING = ("AveragePool", "GlobalAveragePool", "MaxPool")
@@ -128,6 +129,8 @@ class Placement:
     # ---------------------------------------------------------------------------------------------------- candidates
 
     def _solve(self) -> None:
+        self._inside = self._read_in_bodies()
+        self.banned = self.banned | self._stuck()
         self.anchors = {name: anchor for name, anchor in self.anchors.items() if not self._hopeless(anchor)}
         chains = self._find_chains()
         in_chain = {id(node) for chain in chains.values() for node in chain.nodes}
@@ -144,6 +147,35 @@ class Placement:
             self._dropped |= unwanted
         self.absorbed = {chain.source.name for chain in self.chains.values() if self._absorbable(chain) is not None}
         self.carried -= self.absorbed
+
+    def _read_in_bodies(self) -> dict[str, gs.Tensor]:
+        """The tensors of this graph that bodies of its nodes read."""
+        own = {id(tensor): tensor for node in self.graph.nodes for tensor in node.outputs if tensor.name}
+        stack = [body for node in self.graph.nodes for body in subgraphs(node)]
+        inside: dict[str, gs.Tensor] = {}
+        while stack:
+            body = stack.pop()
+            for tensor in (*body.outputs, *(tensor for node in body.nodes for tensor in node.inputs)):
+                if id(tensor) in own:
+                    inside[tensor.name] = tensor
+            stack += [inner for node in body.nodes for inner in subgraphs(node)]
+        return inside
+
+    def _stuck(self) -> set[str]:
+        """The tensors that must not be dequantized, as a body reads them moved by what cannot move codes.
+
+        ONNX Runtime hands a DequantizeLinear on through such nodes to whatever reads them, and aborts the process where
+        that is a body. Behind one that moves codes a DequantizeLinear stands already.
+        """
+        stuck: set[str] = set()
+        for tensor in self._inside.values():
+            blocked = False
+            while tensor.inputs and (node := tensor.inputs[0]).op in _HANDED_ON and node.inputs:
+                blocked = blocked or self._kind(node) is None
+                tensor = node.inputs[0]
+            if blocked:
+                stuck.add(tensor.name)
+        return stuck
 
     def _hopeless(self, anchor: Anchor) -> bool:
         data, raw = anchor.node.inputs[0], anchor.node.outputs[0]
@@ -248,7 +280,7 @@ class Placement:
     def _unwanted(self) -> set[str]:
         """The first outputs of kept nodes that no int8 node reads."""
         wanted = {anchor.node.inputs[0].name for anchor in self.anchors.values()}
-        wanted |= {chain.source.name for chain in self.chains.values()}
+        wanted |= {chain.source.name for chain in self.chains.values()} | self._inside.keys()
         for propagator in self.propagators.values():
             readers = propagator.node.inputs if propagator.kind == "arithmetic" else propagator.node.inputs[:1]
             wanted |= {tensor.name for tensor in readers}

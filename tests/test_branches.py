@@ -221,3 +221,50 @@ def test_layers_in_loops_stay_with_a_reason():
     assert [change.rule for change in outcome.changes] == ["weight-only int8"]
     refused = {refusal.node: refusal.why for refusal in outcome.refusals}
     assert refused["step"] == "MatMul: it is in a loop or a function, where activations are not observed"
+
+
+MOVES = {
+    "Reshape": {},
+    "Transpose": {"perm": [0, 2, 1, 3]},
+    "MaxPool": {"kernel_shape": [2, 2]},
+    "Flatten": {},
+    "Gather": {"axis": 1},
+    "Identity": {},
+}
+
+
+@pytest.mark.parametrize("exclude", [(), ("move",)])
+@pytest.mark.parametrize("op", MOVES)
+def test_a_body_may_read_what_was_moved_behind_an_int8_layer(op: str, exclude: tuple[str, ...]):
+    """ONNX Runtime aborts the process where it hands a DequantizeLinear on into a body."""
+    extra = {"Reshape": ["sizes"], "Gather": ["picked"]}.get(op, [])
+    branches_ = [
+        helper.make_graph(
+            [helper.make_node(kind, ["moved"], [kind])],
+            kind,
+            [],
+            [helper.make_tensor_value_info(kind, TensorProto.FLOAT, None)],
+        )
+        for kind in ("Tanh", "Neg")
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", "ws"], ["c"], name="conv", pads=[1] * 4),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node(op, ["r", *extra], ["moved"], name="move", **MOVES[op]),
+        helper.make_node("If", ["high"], ["y"], then_branch=branches_[0], else_branch=branches_[1]),
+    ]
+    weights = [tensor("ws", 16, 3, 3, 3, seed=1), numpy_helper.from_array(np.array([0, -1]), "sizes")]
+    weights += [numpy_helper.from_array(np.array([3, 1]), "picked")]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 8, 8])]
+    inputs += [helper.make_tensor_value_info("high", TensorProto.BOOL, [])]
+    graph = helper.make_graph(nodes, "net", inputs, [helper.make_tensor_value_info("y", 1, None)], weights)
+    net = onnxslim.load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    data = [{"x": feed["x"], "high": np.array(feed["level"] > 0)} for feed in feeds([1.0, -1.0] * 4)]
+    expected = [Session(net).run(feed)["y"] for feed in data]
+    QuantizeStatic(only_if_faster=False, exclude=exclude).run(
+        net, Context(calibration=open_dataset(data, Session(net).specs))
+    )
+    session = Session(net)
+    for feed, wanted in zip(data, expected, strict=True):
+        got = session.run(feed)["y"]
+        assert np.square(got - wanted).sum() < 0.01 * np.square(wanted).sum()
