@@ -198,7 +198,7 @@ def _check_needs(inputs: Inputs) -> None:
     if inputs.scored is None and recipe.data.metric is not None:
         raise RecipeError(f"metric {recipe.data.metric!r}: there is no evaluation data to score with it.")
     for pass_ in inputs.passes:
-        if pass_.needs_calibration and inputs.calibration is None:
+        if pass_.wants_calibration and inputs.calibration is None:
             raise RecipeError(f"pass {pass_.name} needs calibration data: give --data, or calibration under [data].")
         if not pass_.lossless and inputs.scored is None:
             raise RecipeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -103,7 +104,8 @@ class PassRunner:
 
     def apply(self, stage: Stage, pass_: Pass) -> tuple[Stage, PassEntry]:
         """Apply one pass and return the stage after it: the new model, or the old one where the new does not hold."""
-        key = content_key(stage=stage.key, **{"pass": pass_.name, "options": pass_.options()})
+        files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in pass_.files]
+        key = content_key(stage=stage.key, **{"pass": pass_.name, "options": pass_.options(), "files": files})
         unchanged = Stage(stage.model, stage.path, stage.score, key)
         cached = self.cache.get(key, PassEntry)
         if cached is not None:
@@ -175,6 +177,7 @@ class PassRunner:
             refusals=[vars(refusal) for refusal in outcome.refusals],
             undone=undone,
             numbers={name: value for name, value in outcome.numbers.items() if math.isfinite(value)},
+            plan=outcome.plan,
             checks=finding.checks,
             size_before=size,
             size_after=size_on_disk(path) if made else size,

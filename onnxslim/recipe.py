@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,7 +171,16 @@ def read_recipe(path: Path) -> Recipe:
     data = recipe.data.model_copy(
         update={"calibration": resolve(recipe.data.calibration), "evaluation": resolve(recipe.data.evaluation)}
     )
-    return recipe.model_copy(update={"model": resolve(recipe.model), "data": data})
+    passes = [_with_paths(table, resolve) for table in recipe.passes]
+    return recipe.model_copy(update={"model": resolve(recipe.model), "data": data, "passes": passes})
+
+
+_PATH_OPTIONS = ("plan",)
+
+
+def _with_paths(table: dict[str, Any], change: Callable[[str | None], str | None]) -> dict[str, Any]:
+    """A pass with another path wherever an option is one."""
+    return {name: change(value) if name in _PATH_OPTIONS else value for name, value in table.items()}
 
 
 def make_recipe(tables: dict[str, Any], origin: str) -> Recipe:
@@ -226,6 +236,7 @@ def write_lock(recipe: Recipe, path: Path) -> None:
     data = recipe.data.model_copy(
         update={"calibration": relative(recipe.data.calibration), "evaluation": relative(recipe.data.evaluation)}
     )
-    tables = recipe.model_copy(update={"model": relative(recipe.model), "data": data}).tables()
+    passes = [_with_paths(table, relative) for table in recipe.passes]
+    tables = recipe.model_copy(update={"model": relative(recipe.model), "data": data, "passes": passes}).tables()
     with atomic_write(path) as temporary:
         temporary.write_text(tomlkit.dumps(tables), encoding="utf-8")

@@ -178,6 +178,7 @@ class PassEntry(_Entry):
     refusals: list[dict[str, str]] = Field(default_factory=list, description="rule, node, why")
     undone: list[UndoneEntry] = Field(default_factory=list, description="rewrites left out because they are wrong")
     numbers: dict[str, float] = Field(default_factory=dict)
+    plan: dict[str, Any] | None = Field(default=None, description="what the pass decided, for doing it again")
     checks: list[Check] = Field(default_factory=list)
     size_before: int
     size_after: int

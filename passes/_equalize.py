@@ -51,7 +51,7 @@ class Equalization:
 
     Attributes:
         name: of the tensor.
-        shift, scale: ``[channels]``.
+        shift, scale: ``[channels]``; numbers that float32 holds.
         noise: predicted at its readers, as a share of that before.
     """
 
@@ -319,7 +319,8 @@ def _shift(site: _Site, low: FloatArray, high: FloatArray) -> FloatArray | None:
     if site.offset is None or site.averaged:
         return None
     # What lies below the shift is lost in a Relu: what other data may hold is left out.
-    return np.asarray(np.maximum(low - (high - low) / 2, 0.0) if site.floor else (low + high) / 2)
+    shift = np.maximum(low - (high - low) / 2, 0.0) if site.floor else (low + high) / 2
+    return np.asarray(shift.astype(np.float32), np.float64)
 
 
 def _scales(weights: list[FloatArray], largest: FloatArray) -> Iterator[FloatArray]:
@@ -333,7 +334,7 @@ def _scales(weights: list[FloatArray], largest: FloatArray) -> Iterator[FloatArr
     for alpha in _ALPHAS:
         scale = reach**alpha / heaviest ** (1 - alpha)
         scale *= float((reach / scale).max()) / most
-        yield scale
+        yield scale.astype(np.float32).astype(np.float64)
 
 
 def _noise(

@@ -34,6 +34,7 @@ __all__ = [
     "absorb_gemm_factors",
     "chain_code",
     "code_of_range",
+    "plain_codes",
     "quantize_weight",
 ]
 
@@ -119,8 +120,13 @@ def quantize_weight(
     scale = np.maximum(scale, floor if axis is not None else np.max(floor)).astype(np.float32)
     if axis is None:
         scale = scale.reshape(())
+    return WeightCodes(plain_codes(weight, scale, axis), scale)
+
+
+def plain_codes(weight: NDArray[np.float32], scale: NDArray[np.float32], axis: int | None) -> NDArray[np.int8]:
+    """Each weight rounded by itself."""
     shaped = _along(scale, axis, weight.ndim)
-    return WeightCodes(np.clip(np.rint(weight / shaped), -CODE_LIMIT, CODE_LIMIT).astype(np.int8), scale)
+    return np.asarray(np.clip(np.rint(weight / shaped), -CODE_LIMIT, CODE_LIMIT), np.int8)
 
 
 def dequantize_weight(weight: WeightCodes, axis: int | None) -> NDArray[np.float32]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -42,11 +43,13 @@ class Outcome:
         changes: every rewrite made. An empty list means that the model is as it was.
         refusals: what it declined, with reasons. A pass that changes nothing must give at least one.
         numbers: figures for the report, such as ``{"channels removed": 312}``.
+        plan: what was decided, as JSON holds it, for passes that can do it again from that alone.
     """
 
     changes: list[Change] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     numbers: dict[str, float] = field(default_factory=dict)
+    plan: dict[str, Any] | None = None
 
     @property
     def modified(self) -> bool:
@@ -131,6 +134,16 @@ class Pass(BaseModel):
     def weaker(self) -> Pass | None:
         """The same pass with less effect, tried when this one breaks its accuracy budget; None when there is none."""
         return None
+
+    @property
+    def wants_calibration(self) -> bool:
+        """Whether this pass, with these options, cannot do without calibration data."""
+        return self.needs_calibration
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What is read beside the model, as options say: the result depends on it."""
+        return ()
 
     def options(self) -> dict[str, Any]:
         """Every option with its value, defaults included, as a recipe would hold it."""

@@ -1,0 +1,582 @@
+"""One graph quantized: calibrated, corrected on part of the data and judged by the rest, then written in int8."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxslim.branches import closed_bodies
+from onnxslim.errors import ModelError
+from onnxslim.graph.shapes import Shapes, infer_shapes
+from onnxslim.graph.walk import drop_value_info
+from onnxslim.passes._calibration import Method, Observed, choose_range, draw_steps, observe
+from onnxslim.passes._correction import Judge, corrections
+from onnxslim.passes._equalize import Equalization, apply_equalizations, find_equalizations
+from onnxslim.passes._placement import ANCHORS, Anchor, Placement, anchor_obstacle, matches, weight_axis
+from onnxslim.passes._plan import EqualizedTensor, GraphPlan, StoredArray, StoredCodes, TensorPlan, weights_digest
+from onnxslim.passes._qdq import (
+    LEVELS,
+    Emitter,
+    FloatArray,
+    TensorCode,
+    WeightCodes,
+    absorb_gemm_factors,
+    chain_code,
+    code_of_range,
+)
+from onnxslim.passes._rounding import reconstruct
+from onnxslim.passes._runtimes import RUNTIMES
+from onnxslim.passes._saturation import kernels_saturate
+from onnxslim.passes._state import handed_on
+from onnxslim.passes._weight_only import quantize_stored_weights
+from onnxslim.passes.base import Context, Outcome
+
+if TYPE_CHECKING:
+    from onnxslim.data import Dataset
+    from onnxslim.model import Model
+    from onnxslim.passes.quantize_static import QuantizeStatic
+
+__all__ = ["Quantizer", "is_one_of"]
+
+_BATCH_BYTES = 64 << 20  # of all activations of one batch: a few sessions hold some of them at a time
+_BATCH = 32
+_FIT_SHARE = 0.75  # of the calibration data corrects biases; the rest decides whether that is kept
+_NEAR = 1.3  # times the least output error: ranges that are worse are not tried with corrected biases
+_MOST_FIT, _MOST_HELD = 24, 16  # batches
+_TINY_WEIGHT, _TINY_MACS = 512, 6_000
+_SMALL_ERROR, _LARGE_ERROR = 1e-3, 0.05  # noise over signal of the outputs: no matter; layers are to stay float
+_CLEARLY = 0.7  # times the error before: what leaving more layers in float has to bring it to
+_PAYS_OFF = 0.8  # times the error before: what other scales of channels have to bring it to
+_SENSITIVITY_SECONDS = 60
+_SENSITIVITY_FEEDS = 2
+
+
+class _Ranges(dict[str, tuple[float, float]]):
+    """What codes should cover of each tensor, chosen when it is asked for."""
+
+    def __init__(self, observed: dict[str, Observed], method: Method, percentile: float) -> None:
+        super().__init__()
+        self._observed, self._method, self._percentile = observed, method, percentile
+
+    def __missing__(self, name: str) -> tuple[float, float]:
+        seen = self._observed[name]
+        self[name] = choose_range(seen.low, seen.high, seen.histogram, self._method, self._percentile)
+        return self[name]
+
+
+@dataclass
+class _Plan:
+    """What is written: ranges by tensor, codes of weights and corrections of biases by anchor, and the error of it all.
+
+    Attributes:
+        error: noise over signal of the model's output on held-back samples; not known before it was measured.
+    """
+
+    ranges: dict[str, tuple[float, float]]
+    rounded: dict[str, WeightCodes] = field(default_factory=dict)
+    corrections: dict[str, FloatArray] = field(default_factory=dict)
+    error: float = math.inf
+
+
+@dataclass
+class Quantizer:
+    """One run of the pass over one graph, from observation to emission.
+
+    Attributes:
+        data: None where a plan is applied again.
+        stored: that plan, of an earlier run; afterwards, what this run found.
+        kept, precise: the layers that stay float, and those of them whose weights have to.
+        equalized: what was done to channels.
+        nodes, tensors, clipped: how many layers and tensors are in int8, and how many of these have values outside.
+        macs, quantized: multiply-accumulates of all layers that could be in int8, and of those that are.
+        error: of the outputs, on held-back samples.
+    """
+
+    options: QuantizeStatic
+    model: Model
+    data: Dataset | None
+    context: Context
+    outcome: Outcome
+    stored: GraphPlan | None = None
+    observed: dict[str, Observed] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
+    precise: tuple[str, ...] = ()
+    equalized: list[Equalization] = field(default_factory=list)
+    nodes: int = 0
+    tensors: int = 0
+    clipped: int = 0
+    macs: float = 0.0
+    quantized: float = 0.0
+    error: float | None = None
+
+    def run(self) -> None:
+        """Calibrate, correct, and rewrite the model."""
+        reasons: dict[str, str] = {}
+        anchors, shapes = self._anchors(self.model, reasons)
+        if not anchors:
+            self._refuse(self.model, reasons)
+            return
+        digest = weights_digest(self.model.graph)
+        for anchor in anchors.values():
+            if anchor.node.op == "Gemm":
+                absorb_gemm_factors(self.model, anchor.node)
+        if self.data is None:
+            plan = self._restored()
+        else:
+            try:
+                batch = self._observe(self.data, anchors, shapes)
+            except ModelError as error:
+                self.outcome.refuse("qdq", "model", f"its activations cannot be observed: {error}")
+                return
+            split = self._split(self.data, batch)
+            plan = self._plan(split) if self._place(self.model).anchors else _Plan({})
+            self.stored = self._stored(plan, digest)
+        placement = self._place(self.model, reasons)
+        self._refuse(self.model, reasons)
+        if not placement.anchors:
+            return
+        self.macs, self.quantized = self._macs(anchors), self._macs(placement.anchors)
+        self.nodes, self.tensors = len(placement.anchors), len(placement.carried | placement.fed)
+        emitter = self._emitter(self.model, placement, plan)
+        self.clipped = self._clipped(placement, emitter.codes)
+        self._note(placement, emitter.codes)
+        emitter.emit()
+
+    def _restored(self) -> _Plan:
+        """The plan that was stored, with channels scaled as it says."""
+        stored = self.stored
+        assert stored is not None
+        for name, tensor in stored.tensors.items():
+            self.observed[name] = Observed(tensor.low, tensor.high, tensor.elements)
+        self.equalized = [each.equalization() for each in stored.equalized]
+        apply_equalizations(self.model, self._place(self.model), self.equalized)
+        self.kept, self.precise, self.error = tuple(stored.kept), tuple(stored.precise), stored.error
+        plan = _Plan({name: tensor.covers for name, tensor in stored.tensors.items()})
+        for name, anchor in self._place(self.model).anchors.items():
+            weight = np.asarray(anchor.node.inputs[1].values, np.float32)
+            try:
+                if name in stored.corrections:
+                    plan.corrections[name] = stored.corrections[name].values()
+                if name in stored.rounded and stored.rounded[name].per_channel == (anchor.axis is not None):
+                    plan.rounded[name] = stored.rounded[name].codes(weight, anchor.axis)
+            except ValueError as error:
+                raise ModelError(f"the plan of layer {name!r} cannot be applied: {error}") from None
+        return plan
+
+    def _stored(self, plan: _Plan, digest: str) -> GraphPlan:
+        """The plan as a record keeps it: all ranges that any runtime may need."""
+        anchors = self._place(self.model).anchors
+        weights = {name: np.asarray(anchors[name].node.inputs[1].values, np.float32) for name in plan.rounded}
+        return GraphPlan(
+            digest=digest,
+            tensors={
+                name: TensorPlan(low=seen.low, high=seen.high, elements=seen.elements, covers=plan.ranges[name])
+                for name, seen in (self.observed.items() if plan.ranges or anchors else ())
+                if seen.finite
+            },
+            kept=list(self.kept),
+            precise=list(self.precise),
+            equalized=[EqualizedTensor.of(each) for each in self.equalized],
+            corrections={name: StoredArray.of(values) for name, values in plan.corrections.items()},
+            rounded={
+                name: StoredCodes.of(codes, weights[name], anchors[name].axis) for name, codes in plan.rounded.items()
+            },
+            error=self.error,
+        )
+
+    def _observe(self, data: Dataset, anchors: dict[str, Anchor], shapes: Shapes) -> int:
+        """See what the tensors that int8 may reach hold, one feed first for their sizes; return the batch to run."""
+        self.observed = observe(self.model, _floats(self.model.graph, shapes), itertools.islice(data, 1))
+        each = 4 * sum(entry.elements for entry in self.observed.values())
+        batch = max(1, min(_BATCH, _BATCH_BYTES // max(each, 1)))
+        reached = sorted(self._place(self.model).reached | anchors.keys())
+        steps = draw_steps({name: self.observed[name] for name in reached}, len(data))
+        sizes = {name: self.observed[name].elements for name in reached}
+        self.observed = observe(self.model, reached, data.batches(batch), steps, self._progress(data, 0, 60, batch))
+        for name, entry in self.observed.items():
+            entry.elements = sizes[name]
+        return batch
+
+    @property
+    def _reduced(self) -> bool:
+        reduce_range = self.options.reduce_range
+        if reduce_range == "auto":
+            return self.options.runtime in ("onnxruntime", "openvino") and kernels_saturate()
+        return reduce_range
+
+    # ---------------------------------------------------------------------------------------------------- placement
+
+    def _anchors(self, model: Model, reasons: dict[str, str] | None) -> tuple[dict[str, Anchor], Shapes]:
+        """The Conv, Gemm and MatMul nodes of the main graph whose weight can be quantized with its input."""
+        shapes = infer_shapes(model, self.context.shapes)
+        stateful = handed_on(model.graph)
+        anchors: dict[str, Anchor] = {}
+        for node in model.graph.nodes:
+            if node.op not in ANCHORS or node.domain or not node.outputs or len(node.inputs) < 2:
+                continue
+            name = node.outputs[0].name
+            reason = "it is excluded" if matches(node, self.options.exclude) else anchor_obstacle(node, shapes)
+            if name in self.kept:
+                reason = "it is among the layers that add most error"
+            if stateful is not None:
+                state = stateful.name or stateful.outputs[1].name
+                reason = f"the state of {stateful.op} {state!r} goes from run to run, where small errors add up"
+            if reason is None:
+                axis = weight_axis(node) if self.options.per_channel else None
+                anchors[name] = Anchor(name, node, axis, len(node.inputs[1].shape))
+            elif reasons is not None:
+                reasons[name] = reason
+        return anchors, shapes
+
+    def _place(self, model: Model, reasons: dict[str, str] | None = None) -> Placement:
+        """Solve the placement on ``model``, which has the tensors of the observed one."""
+        anchors, shapes = self._anchors(model, reasons)
+        banned = {
+            name
+            for name, entry in self.observed.items()
+            if entry.elements and not (entry.finite and max(-entry.low, entry.high) <= self.options.max_range)
+        }
+        made = (tensor for node in model.graph.nodes for tensor in node.outputs)
+        unseen = {tensor.name for tensor in (*model.graph.inputs, *made)} - set(self.observed)
+        small = {name for name, anchor in anchors.items() if self._tiny(anchor)}
+        usable = {name: anchor for name, anchor in anchors.items() if name not in small}
+        elements = {name: entry.elements for name, entry in self.observed.items()}
+        carries = RUNTIMES[self.options.runtime].carries
+        placement = Placement(model.graph, shapes, elements, banned | unseen, usable, self.options.exclude, carries)
+        if reasons is not None:
+            for name in anchors.keys() - placement.anchors.keys():
+                reasons[name] = (
+                    "it is too small to gain"
+                    if name in small
+                    else f"its input or output is not finite or reaches beyond {self.options.max_range:g}"
+                )
+        return placement
+
+    def _refuse(self, model: Model, reasons: dict[str, str]) -> None:
+        """Say of every node that stays float why it does."""
+        nodes = {node.outputs[0].name: node for node in model.graph.nodes if node.outputs}
+        for name, reason in reasons.items():
+            self.outcome.refuse("qdq", nodes[name].name or name, f"{nodes[name].op}: {reason}")
+        for body in (*closed_bodies(model), *model.graph.functions):
+            for node in body.nodes:
+                if node.op in ANCHORS and not node.domain:
+                    label = node.name or node.outputs[0].name
+                    why = f"{node.op}: it is in a loop or a function, where activations are not observed"
+                    self.outcome.refuse("qdq", label, why)
+
+    def _tiny(self, anchor: Anchor) -> bool:
+        weight = anchor.node.inputs[1]
+        return int(np.prod(weight.shape)) < _TINY_WEIGHT and self._macs({anchor.name: anchor}) < _TINY_MACS
+
+    def _macs(self, anchors: dict[str, Anchor]) -> float:
+        total = 0.0
+        for name, anchor in anchors.items():
+            weight = anchor.node.inputs[1]
+            channels = weight.shape[weight_axis(anchor.node)]
+            entry = self.observed.get(name)
+            total += (entry.elements if entry else 0) * int(np.prod(weight.shape)) / max(channels, 1)
+        return total
+
+    # -------------------------------------------------------------------------------------------------- calibration
+
+    def _plan(self, split: _Split) -> _Plan:
+        """The plan with the least output error on held-back samples, and the layers that it leaves in float."""
+        options = self.options
+        methods: tuple[Method, ...] = ("mse", "percentile") if options.calibration == "auto" else (options.calibration,)
+        judged = (options.equalize, options.bias_correction, options.reconstruct, options.keep_float)
+        if len(methods) == 1 and not any(judged):
+            return _Plan(self._ranges(methods[0]))
+        judge = self._judge(split.held())
+        plans = self._leave(judge, self._equalized(judge, split, self._judged(judge, methods)))
+        self.context.progress(75, 100)
+        # Corrections may turn the order of two methods round, but not where one is far worse.
+        least = _least(plans)
+        corrected = {
+            method: self._corrected(judge, split, plan) for method, plan in plans.items() if plan.error <= _NEAR * least
+        }
+        method = min(corrected, key=lambda method: corrected[method].error)
+        best = self._reconstructed(judge, split, corrected[method])
+        if self.kept and options.weight_only and not self._weights_suffice(judge, best):
+            self.precise = self.kept
+        self.error = best.error
+        if len(methods) > 1:
+            self.outcome.change("calibration", "model", f"ranges by {method}, which has the least output error")
+        why = "it does not lower the output error on held-back samples" if split.honest else "there is one feed only"
+        for wanted, found, rule in (
+            (options.bias_correction, best.corrections, "bias correction"),
+            (options.reconstruct, best.rounded, "reconstruction of weights"),
+        ):
+            if wanted and not found:
+                self.outcome.refuse(rule, "model", why)
+        return best
+
+    def _judged(self, judge: Judge, methods: Iterable[Method]) -> dict[Method, _Plan]:
+        """A plan for each method, and its error."""
+        plans = {method: _Plan(self._ranges(method)) for method in methods}
+        for plan in plans.values():
+            plan.error = judge.error(self._emitted(plan))
+        return plans
+
+    def _equalized(self, judge: Judge, split: _Split, plans: dict[Method, _Plan]) -> dict[Method, _Plan]:
+        """The plans after channels were moved and scaled, where that lowers the output error."""
+        before = _least(plans)
+        if not self.options.equalize or before < _SMALL_ERROR:
+            return plans
+        symmetric = RUNTIMES[self.options.runtime].symmetric
+        found = find_equalizations(self.model, self._place(self.model), split.fit(), symmetric=symmetric)
+        if not found:
+            self.outcome.refuse("equalization", "model", "the channels of no tensor would gain from other scales")
+            return plans
+        trial = replace(self, model=self.model.copy())
+        apply_equalizations(trial.model, trial._place(trial.model), found)
+        trial._observe(split.data, *trial._anchors(trial.model, None))
+        # What is not read any more is needed to place the same again.
+        trial.observed = self.observed | trial.observed
+        tried = trial._judged(judge, plans)
+        if _least(tried) > _PAYS_OFF * before:
+            why = f"the output error on held-back samples would be {_least(tried):.3g}, not {before:.3g}"
+            self.outcome.refuse("equalization", "model", why)
+            return plans
+        apply_equalizations(self.model, self._place(self.model), found)
+        self.observed = trial.observed
+        self.equalized = found
+        return tried
+
+    def _leave(self, judge: Judge, plans: dict[Method, _Plan]) -> dict[Method, _Plan]:
+        """The plans with the layers that add most error in float: as many as were asked for, or as pay off."""
+        wanted = self.options.keep_float
+        if wanted == 0 or (wanted == "auto" and _least(plans) < _LARGE_ERROR):
+            return plans
+        best = min(plans.values(), key=lambda plan: plan.error)
+        ranked = self._ranked(judge.strictest(_SENSITIVITY_FEEDS, self._emitted(best)))
+        for count in (1, 2, 4, 8) if wanted == "auto" else (wanted,):
+            before, self.kept = self.kept, ranked[:count]
+            tried = self._judged(judge, plans)
+            if wanted != "auto" or _least(tried) <= _CLEARLY * _least(plans):
+                plans = tried
+            else:
+                self.kept = before
+            if _least(plans) < _LARGE_ERROR:
+                break
+        return plans
+
+    def _weights_suffice(self, judge: Judge, plan: _Plan) -> bool:
+        """Whether the layers that stay float can store their weights in int8."""
+        stored = self._emitted(plan)
+        quantize_stored_weights(stored, lambda node: not is_one_of(self.kept, node), Outcome())
+        return judge.error(stored) <= max(_NEAR * plan.error, _SMALL_ERROR)
+
+    def _reconstructed(self, judge: Judge, split: _Split, plan: _Plan) -> _Plan:
+        """The plan with weights rounded for what layers give; as it is where that does not lower its error."""
+        if not (self.options.reconstruct and split.honest):
+            return plan
+        emitter = self._emitter(self.model, self._place(self.model), plan)
+        centred = self.options.bias_correction
+        trial = _Plan(plan.ranges, reconstruct(emitter, split.fit(), centred=centred, seed=self.context.seed))
+        trial.error = judge.error(self._emitted(trial))
+        return min(plan, self._corrected(judge, split, trial), key=lambda plan: plan.error)
+
+    def _ranges(self, method: Method) -> _Ranges:
+        return _Ranges(self.observed, method, self.options.percentile)
+
+    def _codes(self, placement: Placement, ranges: dict[str, tuple[float, float]]) -> dict[str, TensorCode]:
+        """The code of every tensor that carries one."""
+        codes: dict[str, TensorCode] = {}
+        symmetric = RUNTIMES[self.options.runtime].symmetric
+        for name in _own(placement):
+            low, high = ranges[name]
+            chain = placement.chains.get(name)
+            codes[name] = chain_code(chain, low, high) if chain else code_of_range(low, high, symmetric=symmetric)
+        _share_concat(placement, codes)
+        for propagator in placement.propagators.values():  # in the order of the graph
+            if propagator.kind != "arithmetic":
+                read = codes[propagator.node.inputs[0].name].read
+                for tensor in propagator.node.outputs:
+                    codes[tensor.name] = TensorCode(read, read)
+        return codes
+
+    def _progress(self, data: Dataset, start: int, end: int, batch: int) -> _Progress:
+        return _Progress(self.context, start, end, max(1, -(-data.samples // batch)))
+
+    # --------------------------------------------------------------------------------------------------- correction
+
+    def _emitter(self, model: Model, placement: Placement, plan: _Plan) -> Emitter:
+        runtime = RUNTIMES[self.options.runtime]
+        codes = self._codes(placement, plan.ranges)
+        return Emitter(model, placement, codes, plan.corrections, plan.rounded, self._reduced, runtime)
+
+    def _emitted(self, plan: _Plan) -> Model:
+        result = self.model.copy()
+        self._emitter(result, self._place(result), plan).emit()
+        drop_value_info(result)
+        return result
+
+    def _judge(self, feeds: Iterable[dict[str, np.ndarray]]) -> Judge:
+        # What is not written for this processor's kernels must not be judged by their saturation.
+        return Judge.of(self.model, feeds, fused=self._reduced or not kernels_saturate())
+
+    def _split(self, data: Dataset, batch: int) -> _Split:
+        """Which batches correct, and which judge; at least one of each where there are two feeds."""
+        feeds = sum(1 for _ in data.batches(batch))
+        if feeds < 2:
+            batch = max(1, data.samples // 4)
+            feeds = sum(1 for _ in data.batches(batch))
+        fit = max(1, int(feeds * _FIT_SHARE))
+        return _Split(data, batch, fit, feeds)
+
+    def _corrected(self, judge: Judge, split: _Split, plan: _Plan) -> _Plan:
+        """The plan with corrected biases; as it is where they do not lower its error."""
+        corrected_ops = {anchor.node.op for anchor in self._place(self.model).anchors.values()} & {"Conv", "Gemm"}
+        if not (self.options.bias_correction and split.honest and corrected_ops):
+            return plan
+        probed, watched = self.model.copy(), self.model.copy()
+        emitter = self._emitter(probed, self._place(probed), plan)
+        emitter.probes = {}
+        emitter.emit()
+        drop_value_info(probed)
+        found = corrections(watched, self._place(watched), probed, emitter.probes, split.fit())
+        trial = replace(plan, corrections={name: _single(values) for name, values in found.items()})
+        trial.error = judge.error(self._emitted(trial))
+        return min(plan, trial, key=lambda plan: plan.error)
+
+    def _ranked(self, judge: Judge) -> tuple[str, ...]:
+        """The layers, those first that raise the output error most when they alone are quantized."""
+        names = list(self._place(self.model).anchors)
+        before = self.kept
+        errors: dict[str, float] = {}
+        ranges = self._ranges("percentile")
+        started = time.monotonic()
+        for name in names:
+            if time.monotonic() - started > _SENSITIVITY_SECONDS:
+                why = f"only {len(errors)} of {len(names)} layers were tried in {_SENSITIVITY_SECONDS} s"
+                self.outcome.refuse("sensitivity", "model", why)
+                break
+            self.kept = tuple(other for other in names if other != name)
+            errors[name] = judge.error(self._emitted(_Plan(ranges)))
+        self.kept = before
+        return tuple(sorted(errors, key=lambda name: -errors[name]))
+
+    def _clipped(self, placement: Placement, codes: dict[str, TensorCode]) -> int:
+        """How many tensors have values outside of their code."""
+        count = 0
+        for name in _own(placement):
+            code, entry = codes[name].read, self.observed[name]
+            low, high = code.scale * (-0.5 - code.zero), code.scale * (LEVELS + 0.5 - code.zero)
+            count += entry.low < low or entry.high > high
+        return count
+
+    def _note(self, placement: Placement, codes: dict[str, TensorCode]) -> None:
+        for each in self.equalized:
+            what = f"its channels are scaled one by one: {each.noise:.2g} times the noise at what reads it"
+            self.outcome.change("equalization", each.name, what)
+        if self.kept:
+            nodes = {node.outputs[0].name: node.name for node in self.model.graph.nodes if node.outputs}
+            names = ", ".join(json.dumps(nodes[name] or name) for name in self.kept)
+            what = f"the layers that add most error stay float: exclude = [{names}]"
+            self.outcome.change("sensitivity", "model", what)
+        for name, anchor in placement.anchors.items():
+            node = anchor.node
+            code = codes[node.inputs[0].name].read
+            channels = node.inputs[1].shape[weight_axis(node)]
+            scales = f"{channels} weight scales" if anchor.axis is not None else "one weight scale"
+            what = f"{node.op} in int8: input step {code.scale:.4g}, zero {code.zero}, {scales}"
+            self.outcome.change("qdq", node.name or name, what)
+        ops = Counter(propagator.node.op for propagator in placement.propagators.values())
+        ops.update(node.op for chain in placement.chains.values() for node in chain.nodes)
+        for op, count in sorted(ops.items()):
+            self.outcome.change("qdq", op, f"{count} {op} between them run on int8 codes")
+
+
+@dataclass(frozen=True)
+class _Split:
+    """The calibration data in two parts: the first ``count`` batches to fit on, the others to judge by."""
+
+    data: Dataset
+    batch: int
+    count: int
+    feeds: int
+
+    @property
+    def honest(self) -> bool:
+        """Whether the parts are disjoint; a single feed has to serve as both."""
+        return self.feeds > self.count
+
+    def fit(self) -> Iterator[dict[str, np.ndarray]]:
+        """The batches to fit on."""
+        return itertools.islice(self.data.batches(self.batch), min(self.count, _MOST_FIT))
+
+    def held(self) -> Iterator[dict[str, np.ndarray]]:
+        """The batches to judge by."""
+        start = self.count if self.honest else 0
+        return itertools.islice(self.data.batches(self.batch), start, start + _MOST_HELD)
+
+
+@dataclass
+class _Progress:
+    """Moves the bar from ``start`` to ``end`` percent as batches go by."""
+
+    context: Context
+    start: int
+    end: int
+    batches: int
+    done: int = 0
+
+    def __call__(self) -> None:
+        self.done += 1
+        share = min(1.0, self.done / self.batches)
+        self.context.progress(round(self.start + share * (self.end - self.start)), 100)
+
+
+def _single(values: FloatArray) -> FloatArray:
+    """Numbers that float32 holds: a plan that is stored is the same afterwards."""
+    return np.asarray(values.astype(np.float32), np.float64)
+
+
+def _least(plans: dict[Method, _Plan]) -> float:
+    return min(plan.error for plan in plans.values())
+
+
+def is_one_of(layers: Collection[str], node: gs.Node) -> bool:
+    return bool(node.outputs) and node.outputs[0].name in layers
+
+
+def _own(placement: Placement) -> list[str]:
+    """The tensors with a code of their own, sorted."""
+    return [name for name in sorted(placement.carried | placement.fed) if not _inherits(placement, name)]
+
+
+def _share_concat(placement: Placement, codes: dict[str, TensorCode]) -> None:
+    """Give what only a Concat reads the code of its result: the copy is then one of bytes, and rounds once."""
+    for name, propagator in placement.propagators.items():
+        if propagator.node.op != "Concat":
+            continue
+        for tensor in propagator.node.inputs:
+            inherits = _inherits(placement, tensor.name)
+            if len(tensor.outputs) == 1 and not inherits and tensor.name not in placement.chains:
+                codes[tensor.name] = codes[name]
+
+
+def _inherits(placement: Placement, name: str) -> bool:
+    """Whether a tensor has the code of another: it was moved, not computed."""
+    return any(
+        propagator.kind != "arithmetic" and any(tensor.name == name for tensor in propagator.node.outputs)
+        for propagator in placement.propagators.values()
+    )
+
+
+def _floats(graph: gs.Graph, shapes: Shapes) -> list[str]:
+    """The float32 tensors of the main graph that codes may be needed for: all but the constants."""
+    names: dict[str, None] = {}
+    for tensor in (*graph.inputs, *(tensor for node in graph.nodes for tensor in node.outputs)):
+        if tensor.name and shapes.dtype(tensor) == np.float32:
+            names[tensor.name] = None
+    return list(names)
