@@ -63,7 +63,7 @@ class QuantizeStatic(Pass):
 
     runtime: RuntimeName = Field("onnxruntime", description="what is to run the file, on which int8 is written to fuse")
     calibration: Literal["auto"] | Method = Field(
-        "auto", description="how activation ranges are chosen: mse, minmax, percentile, or auto: by output error"
+        "auto", description="how activation ranges are chosen: mse, minmax, percentile, entropy, or auto: by output error"
     )
     percentile: float = Field(99.99, gt=50, le=100, description="share of values inside the range, for percentile")
     max_samples: int = Field(128, ge=1, description="calibration samples used, at most")

@@ -553,6 +553,27 @@ def test_mse_range_cuts_an_outlier_and_minmax_does_not():
     assert choose_range(0.0, 40.0, seen, "percentile", 99.9)[1] < 5
 
 
+def test_entropy_range_cuts_what_is_far_out_and_keeps_what_is_even():
+    random = np.random.default_rng(0)
+    cases = {"outlier": np.append(random.normal(size=100_000), 40.0), "even": random.uniform(-1, 2, 100_000)}
+    cases["relu"] = np.maximum(cases["outlier"], 0)  # the zeros are held exactly whatever the range is
+    found = {}
+    for name, values in cases.items():
+        seen = Histogram()
+        seen.add(values.astype(np.float32))
+        found[name] = choose_range(float(values.min()), float(values.max()), seen, "entropy", 99.99)
+    assert found["outlier"][0] < -3.5 and 3.5 < found["outlier"][1] < 8
+    assert found["relu"][0] == 0 and 3.5 < found["relu"][1] < 8
+    assert found["even"] == pytest.approx((-1, 2), abs=0.1)
+
+
+@pytest.mark.parametrize("method", ["mse", "minmax", "percentile", "entropy"])
+def test_every_method_of_calibration_gives_a_model_that_holds(method: str):
+    proto = mobile_block()
+    model, _ = quantize(proto, images(), calibration=method)
+    assert decibels(proto, model, images(seed=7)) > 25
+
+
 def test_mse_range_has_the_least_error_of_all_that_are_tried():
     values = np.random.default_rng(0).standard_t(4, size=20_000).astype(np.float32)
     ends = float(values.min()), float(values.max())
