@@ -9,6 +9,7 @@ from onnxslim.passes._rules import Ledger, apply_rules
 from onnxslim.passes._rules_affine import fold_affine
 from onnxslim.passes._rules_batchnorm import batchnorm_as_conv
 from onnxslim.passes._rules_pad import PAD_RULES
+from onnxslim.passes._rules_pool import mean_as_pool
 from onnxslim.passes.base import Context, Outcome
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ __all__ = ["absorb"]
 
 
 def absorb(model: Model) -> None:
-    """Merge Pad nodes into what reads them, scales into layers before, and make layers of BatchNormalizations."""
+    """Merge Pad nodes into what reads them and scales into layers before; give what has int8 kernels their form."""
     rewriter = Rewriter(model)
-    apply_rules(rewriter, (*PAD_RULES, fold_affine, batchnorm_as_conv), Ledger(Outcome(), Context()))
+    apply_rules(rewriter, (*PAD_RULES, fold_affine, batchnorm_as_conv, mean_as_pool), Ledger(Outcome(), Context()))
     rewriter.finish()

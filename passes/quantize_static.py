@@ -63,7 +63,8 @@ class QuantizeStatic(Pass):
 
     runtime: RuntimeName = Field("onnxruntime", description="what is to run the file, on which int8 is written to fuse")
     calibration: Literal["auto"] | Method = Field(
-        "auto", description="how activation ranges are chosen: mse, minmax, percentile, entropy, or auto: by output error"
+        "auto",
+        description="how ranges are chosen: mse, minmax, percentile, entropy, or auto: by output error",
     )
     percentile: float = Field(99.99, gt=50, le=100, description="share of values inside the range, for percentile")
     max_samples: int = Field(128, ge=1, description="calibration samples used, at most")
@@ -76,7 +77,9 @@ class QuantizeStatic(Pass):
     bias_correction: bool = Field(True, description="let biases take back the mean shift of rounding")
     weight_only: bool = Field(True, description="store the weights that have no integer kernel in int8 as well")
     only_if_faster: bool = Field(
-        True, description="compute in float where int8 is measured slower here; weights are stored in int8 all the same"
+        True,
+        description="compute in float where int8 is slower: convolutions of three channels, and all that is measured so "
+        "here; weights are stored in int8 all the same",
     )
     equalize: bool = Field(True, description="scale channels between layers such that one step fits all of them")
     exclude: tuple[str, ...] = Field((), description="nodes kept in float: shell patterns of names or ops")
@@ -112,7 +115,7 @@ class QuantizeStatic(Pass):
         runs = self._quantize(model, data, plan, context, outcome)
         outcome.numbers |= _numbers(runs, data)
         found = QuantizationPlan(graphs=[run.stored for run in runs if run.stored is not None])
-        precise = {name for run in runs for name in run.precise}
+        precise = {name for run in runs for name in (*run.precise, *run.thin)}
         if (
             outcome.changes
             and self.only_if_faster

@@ -46,6 +46,7 @@ def kept(path: Path, outcome: Outcome) -> str:
 
 def again(proto: Any, plan: str, **options: Any) -> tuple[Model, Outcome]:
     model = load(proto)
+    options = {"only_if_faster": False} | options
     return model, QuantizeStatic(plan=plan, **options).run(model, Context())
 
 
@@ -93,8 +94,21 @@ def test_branches_have_plans_of_their_own(tmp_path: Path) -> None:
     assert outcome.plan is not None
     assert len([plan for plan in outcome.plan["graphs"] if plan["tensors"]]) == 3
     second = model.copy()
-    QuantizeStatic(plan=kept(tmp_path / "record.json", outcome)).run(second, Context())
+    QuantizeStatic(plan=kept(tmp_path / "record.json", outcome), **options).run(second, Context())
     assert second.to_bytes() == first.to_bytes()
+
+
+def test_what_one_runtime_computes_in_float_another_gets_in_int8(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"only_if_faster": True, "weight_only": False}
+    _, outcome = quantize(mobile_block(), images(), **options)
+    assert outcome.plan is not None
+    plan = kept(tmp_path / "record.json", outcome)
+    first, _ = again(mobile_block(), plan, **options)
+    other, _ = again(mobile_block(), plan, runtime="tensorrt", **options)
+    kinds = [[node.inputs[0].inputs[0].op for node in model.graph.nodes if node.op == "Conv" and node.inputs[0].inputs]
+             for model in (first, other)]  # fmt: skip
+    assert [len(each) for each in kinds] == [2, 3]
+    assert set(kinds[1]) == {"DequantizeLinear"}
 
 
 def test_another_model_stays_as_it_is_and_the_reason_is_given(tmp_path: Path) -> None:
@@ -142,7 +156,7 @@ def test_a_recipe_names_the_record_and_a_changed_record_counts(small: Path, tmp_
     recipe.write_text(
         f"model = {model}\n[data]\nevaluation = {data}\n[goals]\nmax_accuracy_drop = 0.2\n"
         '[[pass]]\nname = "fold-constants"\n[[pass]]\nname = "simplify"\n'
-        '[[pass]]\nname = "quantize-static"\nplan = "first"\n'
+        '[[pass]]\nname = "quantize-static"\nplan = "first"\nonly_if_faster = false\n'
     )
 
     def run() -> Any:

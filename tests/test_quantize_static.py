@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -437,6 +438,45 @@ def test_fused_kernels_do_not_saturate(options):
     np.testing.assert_allclose(fused, exact, rtol=0.01)
 
 
+def thin_stem(channels: int = 3, kernel: int = 3):
+    b = Builder()
+    b.node("Relu", [b.conv("x", "stem", channels, 32, kernel=kernel)], "r")
+    b.node("Relu", [b.conv("r", "c", 32, 64)], "rc")
+    b.node("ReduceMean", ["rc"], "mean", axes=[2, -1], keepdims=0)
+    b.node("Gemm", ["mean", b.weight("fc", 10, 64)], "y", transB=1)
+    return b.model({"x": [1, channels, 32, 32]}, {"y": [1, 10]})
+
+
+@pytest.mark.parametrize(("channels", "kernel", "thin"), [(3, 3, True), (1, 5, True), (3, 5, False), (4, 3, False)])
+def test_a_convolution_of_few_channels_stays_float_and_precise(monkeypatch, channels: int, kernel: int, thin: bool):
+    monkeypatch.setattr("onnxslim.passes.quantize_static._speed", lambda *_: 2.0)
+    proto = thin_stem(channels, kernel)
+    model, outcome = quantize(proto, images(channels=channels, size=32), only_if_faster=True)
+    stem = next(node for node in model.graph.nodes if node.op == "Conv")
+    assert isinstance(stem.inputs[1], gs.Constant) == thin
+    assert ("its few input channels are convolved faster in float" in whys(outcome)) == thin
+    assert outcome.numbers["nodes quantized"] == (2 if thin else 3)
+    assert decibels(proto, model, images(channels=channels, size=32, seed=7)) > 25
+    other, _ = quantize(proto, images(channels=channels, size=32), only_if_faster=True, runtime="openvino")
+    assert not isinstance(next(node for node in other.graph.nodes if node.op == "Conv").inputs[1], gs.Constant)
+
+
+@pytest.mark.parametrize(("axes", "keepdims", "opset"), [([2, 3], 0, 17), ([-1, 2], 1, 13), ([2, 3], 0, 18)])
+def test_a_mean_over_the_map_is_pooled_on_codes(tmp_path: Path, axes: list[int], keepdims: int, opset: int):
+    b = Builder()
+    b.node("Relu", [b.conv("x", "c", 8, 32)], "r")
+    inputs, attributes = ["r"], {"keepdims": keepdims, "axes": axes}
+    if opset >= 18:
+        inputs.append(b.constant("axes", np.array(attributes.pop("axes"))))
+    b.node("ReduceMean", inputs, "mean", **attributes)
+    b.node("Flatten", ["mean"], "flat")
+    b.node("Gemm", ["flat", b.weight("fc", 64, 32)], "y", transB=1)
+    proto = b.model({"x": ["n", 8, "h", "w"]}, {"y": ["n", 64]}, opset=opset)
+    model, _ = quantize(proto, images(channels=8))
+    assert fused(model, tmp_path)["QLinearGlobalAveragePool"] == 1
+    assert decibels(proto, model, images(channels=8, seed=7)) > 30
+
+
 def test_depthwise_weights_use_all_bits_in_a_reduced_range():
     model, _ = quantize(mobile_block(), images(), reduce_range=True)
     codes = {t.name: numpy_helper.to_array(t).astype(int) for t in model.to_proto().graph.initializer}
@@ -722,7 +762,7 @@ def test_arithmetic_stays_float_where_int8_is_slower(monkeypatch, speed, int8):
     model, outcome = quantize(proto, images(), only_if_faster=True)
     assert bool(ops(model)["QuantizeLinear"]) is int8
     assert ("times the speed of float" in whys(outcome)) is not int8
-    assert outcome.numbers["share of weights in int8"] > 0.8
+    assert outcome.numbers["share of weights in int8"] > 0.75  # all but the stem
     assert decibels(proto, model, images(seed=5)) > (28 if int8 else 38)
 
 
