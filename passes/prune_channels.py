@@ -21,6 +21,7 @@ from onnxslim.graph.coupling import Coupling, Cut, Group, couple, cut
 from onnxslim.graph.shapes import infer_shapes
 from onnxslim.graph.walk import hoist_constants
 from onnxslim.model import Model
+from onnxslim.node_latency import node_latencies
 from onnxslim.passes._channel_scores import Removal, norm_removal, obs_removal, reader_moments, readers
 from onnxslim.passes._correction import Judge
 from onnxslim.passes._statistics import LinearLayer
@@ -42,6 +43,7 @@ _TRIED, _JUDGED = 2, 1  # batches: proposals of widths are refitted on these, an
 _REFIT = "least-squares"  # the rule of the changes and refusals of the refit
 _CLEARLY_BETTER = 0.9  # of the first proposal's error: what so few samples tell apart
 _WEAKEST = 0.05
+_UNITS = {"macs": "many MACs", "parameters": "many parameters", "latency": "much time"}
 
 
 @dataclass
@@ -86,8 +88,10 @@ class PruneChannels(Pass):
     ratio: float = Field(
         0.3, gt=0, lt=1, description="as much goes as if every prunable group lost this share of its channels"
     )
-    cost: Literal["macs", "parameters"] = Field(
-        "macs", description="what is counted for it: multiply-accumulates (speed) or parameters (size)"
+    cost: Literal["macs", "parameters", "latency"] = Field(
+        "macs",
+        description="what is counted for it: multiply-accumulates, parameters (size), or the time that each layer takes"
+        " in ONNX Runtime on one thread of this machine",
     )
     multiple_of: int = Field(8, ge=1, description="kept widths are multiples of this")
     min_channels: int = Field(8, ge=1, description="a group is never cut below this width")
@@ -156,10 +160,12 @@ class PruneChannels(Pass):
             return _Tally()
         data = None if context.calibration is None else context.calibration.take(self.max_samples)
         macs, size = _costs(model, coupling, context, data)
+        times = self._times(model, coupling, data, outcome) if self.cost == "latency" else {}
         batches = None if data is None else partial(data.batches, max(1, min(_BATCH, _BATCH_BYTES // max(size, 1))))
         removals = self._removals(model, coupling, choices, batches, 0 if data is None else data.samples, context.seed)
         weights = weight_costs(coupling, macs)
-        budgeted = weights if self.cost == "macs" and any(macs.values()) else weight_costs(coupling)
+        counted = {} if self.cost == "parameters" else times or macs
+        budgeted = weight_costs(coupling, counted if any(counted.values()) else None)
         measured = self.criterion == "obs" and batches is not None
         proposals = self._proposals(choices, removals, budgeted, measured=measured)
         widths = proposals[0]
@@ -194,6 +200,16 @@ class PruneChannels(Pass):
         return self.model_copy(update={"ratio": ratio}) if ratio >= _WEAKEST else None
 
     # ---------------------------------------------------------------------------------------------------- choosing
+
+    def _times(self, model: Model, coupling: Coupling, data: Dataset | None, outcome: Outcome) -> dict[int, float]:
+        """Microseconds with each weight, by id of the tensor; nothing without data."""
+        if data is None:
+            outcome.refuse(
+                self.name, _name(model), "no time can be measured without calibration data: MACs are counted"
+            )
+            return {}
+        spent = node_latencies(model, next(iter(data)))
+        return _shared_out(coupling, lambda node: spent.get(id(node), 0.0))
 
     def _exclude(self, coupling: Coupling) -> None:
         for group in coupling.groups:
@@ -269,7 +285,7 @@ class PruneChannels(Pass):
         """Say of each group that could have been cut and is not, why."""
         why = f"the nearest width that is a multiple of {self.multiple_of} is its own"
         if measured:
-            why = f"other groups lose less for as many {'MACs' if self.cost == 'macs' else self.cost}"
+            why = f"other groups lose less for as {_UNITS[self.cost]}"
         for index, choice in choices.items():
             if widths[index] == choice.channels:
                 group = coupling.groups[index]
@@ -358,21 +374,25 @@ def _costs(model: Model, coupling: Coupling, context: Context, data: Dataset | N
     Of the first feed where there is data, else of a sample and 0.
     """
     shapes = infer_shapes(model, context.shapes)
-    layers = list({id(use.node): use.node for use in coupling.uses}.values())
     size = 0
     if data is not None:
-        names = sorted({tensor.name for node in layers for tensor in node.outputs if not tensor.is_empty()})
+        outputs = [tensor for use in coupling.uses for tensor in use.node.outputs]
+        names = sorted({tensor.name for tensor in outputs if not tensor.is_empty()})
         seen = Session(model, outputs=names).run(next(iter(data)))
         shapes.observe(model.graph, {name: value.shape for name, value in seen.items()})
         size = sum(value.nbytes for value in seen.values())
+    return _shared_out(coupling, lambda node: node_macs(node, shapes) or 0), size
+
+
+def _shared_out(coupling: Coupling, cost: Callable[[gs.Node], float]) -> dict[int, float]:
+    """What each weight costs, by id of the tensor: that of its nodes, by its share of their weights."""
     found: dict[int, float] = {}
-    for node in layers:
+    for node in {id(use.node): use.node for use in coupling.uses}.values():
         weights = [tensor for tensor in node.inputs if _is_weight(tensor)]
         elements = sum(_elements(tensor) for tensor in weights)
         for tensor in weights:
-            share = _elements(tensor) / max(elements, 1)
-            found[id(tensor)] = found.get(id(tensor), 0.0) + share * (node_macs(node, shapes) or 0)
-    return found, size
+            found[id(tensor)] = found.get(id(tensor), 0.0) + cost(node) * _elements(tensor) / max(elements, 1)
+    return found
 
 
 def _is_weight(tensor: gs.Tensor) -> bool:

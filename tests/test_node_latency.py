@@ -1,0 +1,90 @@
+"""Times of nodes that ONNX Runtime fuses and renames, and widths that are chosen by them."""
+
+from __future__ import annotations
+
+import onnx
+from test_quantize_static import Builder, images
+
+import onnxslim
+from onnxslim import load
+from onnxslim.data import open_dataset
+from onnxslim.node_latency import node_latencies
+from onnxslim.passes.base import Context
+from onnxslim.passes.prune_channels import PruneChannels
+from onnxslim.runtime import Session
+
+
+def network() -> onnx.ModelProto:
+    b = Builder()
+    b.node("Relu", [b.conv("x", "small", 3, 16)], "r1")
+    b.node("Relu", [b.conv("r1", "large", 16, 256)], "r2")
+    b.node("Add", [b.conv("r2", "added", 256, 16, kernel=1), "r1"], "sum")
+    b.node("GlobalAveragePool", ["sum"], "pool")
+    b.node("Flatten", ["pool"], "flat")
+    b.node("MatMul", ["flat", b.weight("fc", 16, 10)], "product")
+    b.node("Add", ["product", b.weight("bias", 10)], "logits")
+    b.node("Relu", ["logits"], "y")
+    return b.model({"x": ["n", 3, 32, 32]}, {"y": ["n", 10]})
+
+
+def test_the_time_of_a_fused_kernel_is_that_of_the_layer_in_it():
+    model = load(network())
+    before = model.to_bytes()
+    feed = images(size=32)[0]
+    found = node_latencies(model, feed)
+    assert model.to_bytes() == before
+    times = {node.name: found[id(node)] for node in model.graph.nodes if id(node) in found}
+    assert {"small", "large", "added", "product"} <= times.keys()
+    assert not {"r1", "r2"} & times.keys()  # fused into the convolutions
+    assert times["large"] == max(times.values())
+    assert all(time >= 0 for time in times.values())
+
+
+def test_nodes_in_bodies_and_outputs_in_the_middle_do_no_harm():
+    b = Builder()
+    b.conv("x", "c", 3, 8)
+    b.node("Relu", ["c"], "seen")
+    b.conv("seen", "y", 8, 4)
+    proto = b.model({"x": ["n", 3, 12, 12]}, {"seen": ["n", 8, 12, 12], "y": ["n", 4, 12, 12]})
+    model = load(proto)
+    found = node_latencies(model, images()[0])
+    assert {"c", "y"} <= {node.name for node in model.graph.nodes if id(node) in found}
+
+
+def pruned(monkeypatch, slow: str, cost: str = "latency") -> dict[str, int]:
+    """Widths by convolution, where one of them takes all the time."""
+    b = Builder(seed=4)
+    for index in range(4):
+        source = "x" if not index else f"r{index - 1}"
+        b.node("Relu", [b.conv(source, f"c{index}", 16, 16)], f"r{index}")
+    b.conv("r3", "y", 16, 16)
+    model = load(b.model({"x": ["n", 16, 12, 12]}, {"y": ["n", 16, 12, 12]}))
+    monkeypatch.setattr(
+        "onnxslim.passes.prune_channels.node_latencies",
+        lambda model, feed: {id(node): 1000.0 if node.name == slow else 1.0 for node in model.graph.nodes},
+    )
+    data = open_dataset(images(32, channels=16), Session(model).specs)
+    options = {"cost": cost, "multiple_of": 1, "min_channels": 1, "ratio": 0.25}
+    outcome = PruneChannels(**options).run(model, Context(calibration=data))
+    assert outcome.changes
+    onnxslim.slim(model.to_proto())
+    return {node.name: node.inputs[1].shape[0] for node in model.graph.nodes if node.op == "Conv"}
+
+
+def test_a_latency_budget_is_spent_where_the_time_goes(monkeypatch):
+    late, early = pruned(monkeypatch, "y"), pruned(monkeypatch, "c1")
+    # What the slow layer reads, or makes, is all that saves time.
+    assert late["c3"] == min(width for name, width in late.items()) < 16
+    assert min(early["c0"], early["c1"]) < 16
+    assert early["c3"] == 16
+    assert pruned(monkeypatch, "y", "macs") == pruned(monkeypatch, "c1", "macs")
+
+
+def test_without_data_macs_are_counted_and_the_reason_is_given():
+    models = [load(network()) for _ in range(2)]
+    outcomes = [
+        PruneChannels(cost=cost).run(model, Context()) for cost, model in zip(("latency", "macs"), models, strict=True)
+    ]
+    assert any("no time can be measured without calibration data" in refusal.why for refusal in outcomes[0].refusals)
+    assert outcomes[0].changes == outcomes[1].changes
+    assert models[0].to_bytes() == models[1].to_bytes()
