@@ -132,6 +132,7 @@ class Session:
         self._name = str(named) if isinstance(named, (str, Path)) else str(getattr(named, "path", None) or "the model")
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._kept: Any = None
+        self._watching = outputs is not None
         self._session = self._load(model, outputs, optimize=optimize)
         arguments = self._session.get_inputs()
         defaults = self._session.get_overridable_initializers()
@@ -200,6 +201,9 @@ class Session:
         options.use_deterministic_compute = True
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
+        if self._watching:
+            # In the order of the graph, so that what only measures a tensor runs before the tensor is let go of.
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         # Idle workers of one session otherwise spin on the cores while another one is being timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not optimize:

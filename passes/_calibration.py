@@ -123,7 +123,17 @@ def observe(
     """
     steps = steps or {}
     watched = model.copy()
-    fetched = {name: _fetch(watched, tensor, steps.get(name)) for name, tensor in _by_name(watched.graph, names)}
+    fetched: dict[str, list[str]] = {}
+    behind: dict[int, list[gs.Node]] = {}
+    for name, tensor in _by_name(watched.graph, names):
+        nodes = _fetch(watched, tensor, steps.get(name))
+        fetched[name] = [node.outputs[0].name for node in nodes if node.op != "Reshape"]
+        behind.setdefault(id(tensor.inputs[0]) if tensor.inputs else 0, []).extend(nodes)
+    # Right behind what makes the tensor: it is let go of before the next ones are made.
+    nodes = behind.get(0, [])
+    for node in watched.graph.nodes:
+        nodes += [node, *behind.get(id(node), [])]
+    watched.graph.nodes = nodes
     session = Session(watched, outputs=[result for results in fetched.values() for result in results])
     seen = {name: Observed() for name in names}
     for feed in feeds:
@@ -147,25 +157,25 @@ def _by_name(graph: gs.Graph, names: Sequence[str]) -> list[tuple[str, gs.Tensor
     return [(name, tensors[name]) for name in names]
 
 
-def _fetch(model: Model, tensor: gs.Tensor, step: int | None) -> list[str]:
-    """Add what is fetched of a tensor: its size, its extremes, and every ``step``-th element if that is given."""
-    results: list[str] = []
+def _fetch(model: Model, tensor: gs.Tensor, step: int | None) -> list[gs.Node]:
+    """What is fetched of a tensor: its size, its extremes, and every ``step``-th element if that is given."""
+    nodes: list[gs.Node] = []
 
     def add(op: str, inputs: list[gs.Tensor], dtype: type, **attributes: object) -> gs.Variable:
         result = gs.Variable(model.fresh_name(f"{tensor.name}_{op}"), dtype)
-        model.graph.nodes.append(gs.Node(op, result.name, attributes, inputs=inputs, outputs=[result]))
+        nodes.append(gs.Node(op, result.name, attributes, inputs=inputs, outputs=[result]))
         return result
 
     def constant(value: int) -> gs.Constant:
         return gs.Constant(model.fresh_name(f"{tensor.name}_{value}"), np.array([value], np.int64))
 
-    results.append(add("Size", [tensor], np.int64).name)
-    results += [add(op, [tensor], np.float32, keepdims=0).name for op in ("ReduceMin", "ReduceMax")]
+    add("Size", [tensor], np.int64)
+    for op in ("ReduceMin", "ReduceMax"):
+        add(op, [tensor], np.float32, keepdims=0)
     if step is not None:
         flat = add("Reshape", [tensor, constant(-1)], np.float32)
-        bounds = [constant(value) for value in (0, np.iinfo(np.int64).max, 0, step)]
-        results.append(add("Slice", [flat, *bounds], np.float32).name)
-    return results
+        add("Slice", [flat, *map(constant, (0, np.iinfo(np.int64).max, 0, step))], np.float32)
+    return nodes
 
 
 def with_zero(low: float, high: float) -> tuple[float, float]:

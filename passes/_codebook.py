@@ -173,7 +173,7 @@ class Feedback:
         ridge = damping * np.maximum(energy.mean(axis=1), 0.0) + 1e-12 * float(energy.max(initial=0.0)) + 1e-30
         self.upper = np.empty_like(covariance)
         for index, (block, order, strength) in enumerate(zip(covariance, self.order, ridge, strict=True)):
-            self.upper[index] = _inverse_factor(block[np.ix_(order, order)], float(strength))
+            _inverse_factor(block, order, float(strength), self.upper[index])
 
     def assign(self, matrices: FloatArray, codebook: FloatArray, scale: FloatArray) -> NDArray[np.uint8]:
         """Indices ``[G, O, K]`` for ``matrices`` that keep the layer's output, not only each weight, close.
@@ -223,30 +223,34 @@ class Feedback:
             work[:, :, end:] -= losses @ upper[:, begin:end, end:]
 
 
-def _inverse_factor(metric: FloatArray, ridge: float) -> FloatArray:
-    """Upper triangular ``U`` ``[K, K]`` with ``U^T U`` the inverse of ``metric`` plus ``ridge`` times one.
+def _inverse_factor(metric: FloatArray, order: NDArray[np.intp], ridge: float, result: FloatArray) -> None:
+    """Upper triangular ``U`` ``[K, K]`` with ``U^T U`` the inverse of ``metric``, reordered, plus ``ridge`` times one.
 
-    A covariance is positive but for rounding: where that shows, the ridge grows until it is covered.
+    A covariance is positive but for rounding: where that shows, the ridge grows until it is covered. All happens in
+    ``result``: such matrices are the largest that there are.
     """
-    eye = np.eye(len(metric))
+    reverse = order[::-1]
     for _ in range(30):
         try:
+            result[...] = metric[np.ix_(reverse, reverse)]
+            np.einsum("kk->k", result)[...] += ridge
             # Reversed twice, a lower factor of the metric is an upper one: its inverse is what is wanted.
-            lower = np.linalg.cholesky((metric + ridge * eye)[::-1, ::-1])
-            return _inverse_of_upper(np.ascontiguousarray(lower[::-1, ::-1]))
+            result[...] = np.linalg.cholesky(result)[::-1, ::-1]
+            _invert_upper(result)
+            return
         except np.linalg.LinAlgError:
             ridge = 10 * ridge
-    return eye
+    result[...] = np.eye(len(result))
 
 
-def _inverse_of_upper(matrix: FloatArray) -> FloatArray:
-    """The inverse of an upper triangular ``[K, K]``, by halves: all but small blocks are matrix products."""
+def _invert_upper(matrix: FloatArray) -> None:
+    """Invert an upper triangular ``[K, K]`` in place, by halves: all but small blocks are matrix products."""
     size = len(matrix)
     if size <= 64:
-        return np.asarray(np.triu(np.linalg.inv(matrix)))
+        matrix[...] = np.triu(np.linalg.inv(matrix))
+        return
     half = size // 2
-    inverse = np.zeros_like(matrix)
-    inverse[:half, :half] = _inverse_of_upper(matrix[:half, :half])
-    inverse[half:, half:] = _inverse_of_upper(matrix[half:, half:])
-    inverse[:half, half:] = -inverse[:half, :half] @ matrix[:half, half:] @ inverse[half:, half:]
-    return inverse
+    first, corner, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    _invert_upper(first)
+    _invert_upper(last)
+    corner[...] = -(first @ corner @ last)

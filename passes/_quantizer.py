@@ -399,7 +399,9 @@ class Quantizer:
             return plan
         emitter = self._emitter(self.model, self._place(self.model), plan)
         centred = self.options.bias_correction
-        trial = _Plan(plan.ranges, reconstruct(emitter, split.fit(), centred=centred, seed=self.context.seed))
+        sizes = {name: 4 * entry.elements * split.batch for name, entry in self.observed.items()}
+        rounded = reconstruct(emitter, split.fit(), sizes, centred=centred, seed=self.context.seed)
+        trial = _Plan(plan.ranges, rounded)
         trial.error = judge.error(self._emitted(trial))
         return min(plan, self._corrected(judge, split, trial), key=lambda plan: plan.error)
 

@@ -9,7 +9,7 @@ depthwise ones near the input do, hangs on this more than on the number of bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,20 +23,21 @@ __all__ = ["reconstruct", "round_rows"]
 
 FloatArray = NDArray[np.float64]
 
-_MOST_INPUTS = 4608  # of a layer: its moments take 170 MB
-_MOMENT_BYTES = 256 << 20  # of moments that are held at a time
+_MOST_INPUTS = 3072  # of a layer: its moments take 75 MB, and what is made of them as much again a few times
+_PART_BYTES = 40 << 20  # of moments, and of the activations that they are taken of, that are held at a time
 _DAMPING = 1e-3  # of the mean energy of the inputs
 _SWEEPS = 3
 
 
 def reconstruct(
-    emitter: Emitter, feeds: Iterable[dict[str, np.ndarray]], *, centred: bool, seed: int = 0
+    emitter: Emitter, feeds: Iterable[dict[str, np.ndarray]], sizes: Mapping[str, int], *, centred: bool, seed: int = 0
 ) -> dict[str, WeightCodes]:
     """Return codes for the weights of all anchors of a placement, by name, with the scales that they would have anyway.
 
     Args:
         emitter: not used up: its model is run in float.
-        feeds: what to run, streamed; several times where moments take much memory.
+        feeds: what to run, streamed; several times where moments or activations take much memory.
+        sizes: bytes that a feed takes of each tensor.
         centred: whether biases take back the mean error of what has them.
         seed: of the rows that are drawn from feature maps.
     """
@@ -46,36 +47,37 @@ def reconstruct(
         if layer is not None and layer.shape[2] <= _MOST_INPUTS:
             layers[name] = layer
     found: dict[str, WeightCodes] = {}
-    for part in _parts(layers):
+    for part in _parts(layers, sizes):
         moments = input_moments(emitter.model, [layers[name].node for name in part], feeds, seed=seed)
         shared: dict[int, Moments] = {}
         for name in part:
-            key, seen = id(layers[name].weight), moments[id(layers[name].node)]
+            key, seen = id(layers[name].weight), moments.pop(id(layers[name].node))
             shared[key] = shared[key].merged(seen) if key in shared else seen
         first: dict[int, WeightCodes] = {}  # a weight is stored once, whoever reads it
         for name in part:
             key = id(layers[name].weight)
-            if key not in first and shared[key].count > 1:
+            if key not in first and key in shared and shared[key].count > 1:
                 anchor = emitter.placement.anchors[name]
-                first[key] = _rounded(emitter, anchor, layers[name], shared[key], centred=centred)
+                first[key] = _rounded(emitter, anchor, layers[name], shared.pop(key), centred=centred)
             if key in first:
                 found[name] = first[key]
     return found
 
 
-def _parts(layers: dict[str, LinearLayer]) -> list[list[str]]:
-    """The layers in parts whose moments fit into memory together; those that share a weight in one."""
+def _parts(layers: dict[str, LinearLayer], sizes: Mapping[str, int]) -> list[list[str]]:
+    """The layers in parts that fit into memory together; those that share a weight in one."""
     groups: dict[int, list[str]] = {}
     for name, layer in layers.items():
         groups.setdefault(id(layer.weight), []).append(name)
     parts: list[list[str]] = [[]]
-    size = 0
+    held = 0
     for names in groups.values():
         blocks, _, inputs = layers[names[0]].shape
-        size += 8 * blocks * inputs**2 * len(names)
-        if size > _MOMENT_BYTES and parts[-1]:
+        size = sum(8 * blocks * inputs**2 + sizes.get(layers[name].data.name, 0) for name in names)
+        if held + size > _PART_BYTES and parts[-1]:
             parts.append([])
-            size = 8 * blocks * inputs**2 * len(names)
+            held = 0
+        held += size
         parts[-1] += names
     return parts
 
@@ -85,7 +87,7 @@ def _rounded(emitter: Emitter, anchor: Anchor, layer: LinearLayer, seen: Moments
     metric = seen.covariance if centred and layer.node.op != "MatMul" else seen.second
     # The input is rounded as well: noise of a variance of step ** 2 / 12 in each of its elements.
     step = emitter.codes[layer.data.name].read.scale
-    metric = metric + step**2 / 12 * np.eye(metric.shape[-1])
+    np.einsum("gkk->gk", metric)[...] += step**2 / 12
     if not np.isfinite(metric).all():
         return plain
     groups, outputs, _ = layer.shape
@@ -109,17 +111,17 @@ def round_rows(
         rows: the weight, ``[G, O, K]``.
         codes: ``rows`` rounded one by one.
         scale: positive, ``[G, O, 1]``.
-        metric: what an error in the inputs' directions costs, ``[G, K, K]``.
+        metric: what an error in the inputs' directions costs, ``[G, K, K]``; its diagonal is raised a little.
         pairs: keep the sum of any two codes of one row and sign at 128 at most, as ``codes`` do.
     """
     low, high = -_limit(-codes.astype(np.int64), pairs=pairs), _limit(codes.astype(np.int64), pairs=pairs)
-    energy = np.einsum("gkk->g", metric)[:, None, None] / metric.shape[1]
-    damped = metric + (_DAMPING * energy + 1e-30) * np.eye(metric.shape[1])
+    diagonal = np.einsum("gkk->gk", metric)
+    diagonal += _DAMPING * diagonal.mean(axis=1, keepdims=True) + 1e-30
     start = min(
-        (codes.astype(np.float64), _fed_back(rows, scale, damped, low, high)),
-        key=lambda tried: _loss(scale * tried - rows, damped),
+        (codes.astype(np.float64), _fed_back(rows, scale, metric, low, high)),
+        key=lambda tried: _loss(scale * tried - rows, metric),
     )
-    return _descend(start, rows, scale, damped, low, high).astype(np.int8)
+    return _descend(start, rows, scale, metric, low, high).astype(np.int8)
 
 
 def _limit(codes: NDArray[np.int64], *, pairs: bool) -> NDArray[np.int64]:

@@ -328,7 +328,8 @@ class Moments:
         total = x_rest + x.shape[1] * x_centre
         across = x.transpose(0, 2, 1)
         self.sum_x += total
-        self.gram += across @ x + x_rest[:, :, None] * x_centre[:, None, :] + x_centre[:, :, None] * total[:, None, :]
+        self.gram += across @ x
+        self.gram += np.stack([x_rest, x_centre], axis=2) @ np.stack([x_centre, total], axis=1)
         if y is not None and self.sum_y is not None and self.cross is not None and self.sum_yy is not None:
             y, y_centre, y_rest = _centred(y.astype(x.dtype, copy=False))
             y_total = y_rest + y.shape[1] * y_centre
@@ -366,8 +367,9 @@ class Moments:
     @property
     def covariance(self) -> FloatArray:
         """Covariance of the rows, ``[G, K, K]``."""
-        mean = self.mean
-        return self.second - mean[:, :, None] * mean[:, None, :]
+        mean, found = self.mean, self.second
+        found -= mean[:, :, None] * mean[:, None, :]
+        return found
 
     @property
     def cross_covariance(self) -> FloatArray:

@@ -33,7 +33,7 @@ __all__ = ["QuantizeStatic"]
 
 _OPSET = 13  # the first with per-channel DequantizeLinear
 _BROADCAST_OPSET = 7  # the first in which Mul broadcasts as stored weights need it
-_KEPT_BYTES = 64 << 20  # of calibration data: read once up to here
+_KEPT_BYTES = 16 << 20  # of calibration data: read once up to here
 _MOST_KEPT = 8
 _AS_FAST = 0.98  # times float's speed: less than this is more than noise
 _TIMING_SECONDS = 4.0

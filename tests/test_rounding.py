@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from test_quantize_static import images, mobile_block, quantize
 
+from onnxslim.passes import _quantizer, _rounding
 from onnxslim.passes._qdq import quantize_weight
 from onnxslim.passes._rounding import round_rows
 
@@ -57,3 +62,46 @@ def test_small_rows_are_near_the_best_codes():
     mine, plain = (loss(scale * each - rows, metric)[:, 0] for each in (found, codes))
     assert np.median(mine / best) < 1.5
     assert mine.sum() < 0.3 * plain.sum()
+
+
+def test_parts_that_fit_into_less_memory_give_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, passes = [], []
+    rounded, taken = _rounding.reconstruct, _rounding.input_moments
+    monkeypatch.setattr(_quantizer, "reconstruct", lambda *a, **k: found.append(rounded(*a, **k)) or found[-1])
+    monkeypatch.setattr(_rounding, "input_moments", lambda *a, **k: passes.append(len(a[1])) or taken(*a, **k))
+    for part_bytes in (1 << 30, 1):
+        monkeypatch.setattr(_rounding, "_PART_BYTES", part_bytes)
+        quantize(mobile_block(size=6), images(size=6))  # all of so small a map is drawn
+    assert passes == [4, 1, 1, 1, 1]
+    assert len(found[0]) == 4
+    for name, one in found[0].items():
+        assert np.array_equal(one.codes, found[1][name].codes)
+
+
+_OBSERVING = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from test_quantize_static import Builder
+from onnxslim import load
+from onnxslim.passes._calibration import observe
+from onnxslim.runtime import Session
+b = Builder()
+x = "x"
+for index in range(40):
+    x = b.node("Sigmoid", [x], f"s{index}")
+b.node("ReduceMax", [x], "y", keepdims=0)
+model = load(b.model({"x": ["n"]}, {"y": []}))
+feed = {"x": np.ones(2 << 20, np.float32)}
+Session(model).run(feed)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+observe(model, [f"s{index}" for index in range(40)], [feed], {f"s{index}": 1001 for index in range(40)})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_observing_many_tensors_holds_few_of_them_at_a_time() -> None:
+    here = str(Path(__file__).parent)
+    words = [sys.executable, "-c", _OBSERVING, here]
+    grown = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout) * 1024
+    assert grown < 15 * (8 << 20)  # 40 tensors of 8 MiB
