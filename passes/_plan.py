@@ -134,6 +134,7 @@ class GraphPlan(_Entry):
     equalized: list[EqualizedTensor] = Field(default_factory=list)
     corrections: dict[str, StoredArray] = Field(default_factory=dict, description="added to biases, by layer")
     rounded: dict[str, StoredCodes] = Field(default_factory=dict, description="codes of weights, by layer")
+    on_grid: dict[str, StoredCodes] = Field(default_factory=dict, description="of layers that stay float, as stored")
     error: float | None = Field(default=None, description="noise over signal of the outputs on held-back samples")
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxslim.branches import closed_bodies
 from onnxslim.errors import ModelError
@@ -32,8 +33,9 @@ from onnxslim.passes._qdq import (
     absorb_gemm_factors,
     chain_code,
     code_of_range,
+    dequantize_weight,
 )
-from onnxslim.passes._rounding import reconstruct
+from onnxslim.passes._rounding import reconstruct, round_stored
 from onnxslim.passes._runtimes import RUNTIMES
 from onnxslim.passes._saturation import kernels_saturate
 from onnxslim.passes._state import handed_on
@@ -57,6 +59,7 @@ _THIN_CHANNELS, _THIN_INPUTS = 3, 27  # channels that a convolution sees, and nu
 _SMALL_ERROR, _LARGE_ERROR = 1e-3, 0.05  # noise over signal of the outputs: no matter; layers are to stay float
 _CLEARLY = 0.7  # times the error before: what leaving more layers in float has to bring it to
 _PAYS_OFF = 0.8  # times the error before: what other scales of channels have to bring it to
+_COUNTS = (1, 2, 4, 8, 16)  # of layers that stay float
 _SENSITIVITY_SECONDS = 60
 _SENSITIVITY_FEEDS = 2
 
@@ -97,6 +100,7 @@ class Quantizer:
         stored: that plan, of an earlier run; afterwards, what this run found.
         kept, precise: the layers that stay float, and those of them whose weights have to.
         thin: layers that are faster in float; so few weights are not worth an error that all that follows sees.
+        on_grid: codes of the weights of layers that stay float, where int8 stores them.
         equalized: what was done to channels.
         nodes, tensors, clipped: how many layers and tensors are in int8, and how many of these have values outside.
         macs, quantized: multiply-accumulates of all layers that could be in int8, and of those that are.
@@ -113,6 +117,7 @@ class Quantizer:
     kept: tuple[str, ...] = ()
     precise: tuple[str, ...] = ()
     thin: tuple[str, ...] = ()
+    on_grid: dict[str, StoredCodes] = field(default_factory=dict)
     equalized: list[Equalization] = field(default_factory=list)
     nodes: int = 0
     tensors: int = 0
@@ -164,22 +169,29 @@ class Quantizer:
         self.equalized = [each.equalization() for each in stored.equalized]
         apply_equalizations(self.model, self._place(self.model), self.equalized)
         self.kept, self.precise, self.error = tuple(stored.kept), tuple(stored.precise), stored.error
+        self.on_grid = dict(stored.on_grid)
         plan = _Plan({name: tensor.covers for name, tensor in stored.tensors.items()})
-        for name, anchor in self._place(self.model).anchors.items():
-            weight = np.asarray(anchor.node.inputs[1].values, np.float32)
+        anchors = self._place(self.model).anchors
+        on_grid: dict[str, WeightCodes] = {}
+        for node in self.model.graph.nodes:
+            name = node.outputs[0].name if node.outputs else ""
             try:
-                if name in stored.corrections:
+                if name in stored.on_grid:
+                    on_grid[name] = stored.on_grid[name].codes(_weight(node), weight_axis(node))
+                if name in anchors and name in stored.corrections:
                     plan.corrections[name] = stored.corrections[name].values()
-                if name in stored.rounded and stored.rounded[name].per_channel == (anchor.axis is not None):
-                    plan.rounded[name] = stored.rounded[name].codes(weight, anchor.axis)
+                if name in anchors and name in stored.rounded:
+                    codes, axis = stored.rounded[name], anchors[name].axis
+                    if codes.per_channel == (axis is not None):
+                        plan.rounded[name] = codes.codes(_weight(node), axis)
             except ValueError as error:
                 raise ModelError(f"the plan of layer {name!r} cannot be applied: {error}") from None
+        self._put(on_grid)
         return plan
 
     def _stored(self, plan: _Plan, digest: str) -> GraphPlan:
         """The plan as a record keeps it: all ranges that any runtime may need."""
         anchors = self._place(self.model).anchors
-        weights = {name: np.asarray(anchors[name].node.inputs[1].values, np.float32) for name in plan.rounded}
         return GraphPlan(
             digest=digest,
             tensors={
@@ -192,8 +204,10 @@ class Quantizer:
             equalized=[EqualizedTensor.of(each) for each in self.equalized],
             corrections={name: StoredArray.of(values) for name, values in plan.corrections.items()},
             rounded={
-                name: StoredCodes.of(codes, weights[name], anchors[name].axis) for name, codes in plan.rounded.items()
+                name: StoredCodes.of(codes, _weight(anchors[name].node), anchors[name].axis)
+                for name, codes in plan.rounded.items()
             },
+            on_grid=self.on_grid,
             error=self.error,
         )
 
@@ -323,8 +337,8 @@ class Quantizer:
         }
         method = min(corrected, key=lambda method: corrected[method].error)
         best = self._reconstructed(judge, split, corrected[method])
-        if self.kept and options.weight_only and not self._weights_suffice(judge, best):
-            self.precise = self.kept
+        if self.kept and options.weight_only:
+            self._store_kept(judge, split, best)
         self.error = best.error
         if len(methods) > 1:
             self.outcome.change("calibration", "model", f"ranges by {method}, which has the least output error")
@@ -376,7 +390,7 @@ class Quantizer:
             return plans
         best = min(plans.values(), key=lambda plan: plan.error)
         ranked = self._ranked(judge.strictest(_SENSITIVITY_FEEDS, self._emitted(best)))
-        for count in (1, 2, 4, 8) if wanted == "auto" else (wanted,):
+        for count in _COUNTS if wanted == "auto" else (wanted,):
             before, self.kept = self.kept, ranked[:count]
             tried = self._judged(judge, plans)
             if wanted != "auto" or _least(tried) <= _CLEARLY * _least(plans):
@@ -387,11 +401,30 @@ class Quantizer:
                 break
         return plans
 
-    def _weights_suffice(self, judge: Judge, plan: _Plan) -> bool:
-        """Whether the layers that stay float can store their weights in int8."""
-        stored = self._emitted(plan)
+    def _store_kept(self, judge: Judge, split: _Split, plan: _Plan) -> None:
+        """Round the weights of layers that stay float to what int8 can store, unless that costs too much."""
+        nodes = [node for node in self.model.graph.nodes if is_one_of(self.kept, node)]
+        rounded = round_stored(self.model, nodes, split.fit(), seed=self.context.seed)
+        trial = replace(self, model=self.model.copy())
+        trial._put(rounded)
+        stored = trial._emitted(plan)
         quantize_stored_weights(stored, lambda node: not is_one_of(self.kept, node), Outcome())
-        return judge.error(stored) <= max(_NEAR * plan.error, _SMALL_ERROR)
+        if judge.error(stored) > max(_NEAR * plan.error, _SMALL_ERROR):
+            self.precise = self.kept
+            return
+        weights = {node.outputs[0].name: (node, np.asarray(node.inputs[1].values, np.float32)) for node in nodes}
+        for name, codes in rounded.items():
+            node, weight = weights[name]
+            self.on_grid[name] = StoredCodes.of(codes, weight, weight_axis(node))
+        self._put(rounded)
+
+    def _put(self, rounded: dict[str, WeightCodes]) -> None:
+        """Give layers the weights that codes stand for, but for those that others share."""
+        for node in self.model.graph.nodes:
+            name = node.outputs[0].name if node.outputs else ""
+            if name in rounded and len(node.inputs[1].outputs) == 1:
+                values = dequantize_weight(rounded[name], weight_axis(node))
+                node.inputs[1] = gs.Constant(self.model.fresh_name(node.inputs[1].name), values)
 
     def _reconstructed(self, judge: Judge, split: _Split, plan: _Plan) -> _Plan:
         """The plan with weights rounded for what layers give; as it is where that does not lower its error."""
@@ -400,7 +433,7 @@ class Quantizer:
         emitter = self._emitter(self.model, self._place(self.model), plan)
         centred = self.options.bias_correction
         sizes = {name: 4 * entry.elements * split.batch for name, entry in self.observed.items()}
-        rounded = reconstruct(emitter, split.fit(), sizes, centred=centred, seed=self.context.seed)
+        rounded = reconstruct(emitter, split.fit, sizes, centred=centred, seed=self.context.seed)
         trial = _Plan(plan.ranges, rounded)
         trial.error = judge.error(self._emitted(trial))
         return min(plan, self._corrected(judge, split, trial), key=lambda plan: plan.error)
@@ -554,6 +587,10 @@ class _Progress:
         self.done += 1
         share = min(1.0, self.done / self.batches)
         self.context.progress(round(self.start + share * (self.end - self.start)), 100)
+
+
+def _weight(node: gs.Node) -> NDArray[np.float32]:
+    return np.asarray(node.inputs[1].values, np.float32)
 
 
 def _single(values: FloatArray) -> FloatArray:

@@ -9,34 +9,44 @@ depthwise ones near the input do, hangs on this more than on the number of bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxslim.passes._codebook import Feedback
-from onnxslim.passes._placement import Anchor
-from onnxslim.passes._qdq import CODE_LIMIT, MIDDLE, Emitter, WeightCodes
+from onnxslim.passes._placement import Anchor, weight_axis
+from onnxslim.passes._qdq import CODE_LIMIT, MIDDLE, Emitter, WeightCodes, quantize_weight
 from onnxslim.passes._statistics import LinearLayer, Moments, input_moments, linear_layer
 
-__all__ = ["reconstruct", "round_rows"]
+if TYPE_CHECKING:
+    from onnxslim.model import Model
+
+__all__ = ["reconstruct", "round_rows", "round_stored"]
 
 FloatArray = NDArray[np.float64]
 
-_MOST_INPUTS = 3072  # of a layer: its moments take 75 MB, and what is made of them as much again a few times
+_MOST_INPUTS = 2048  # of a layer: its moments take 34 MB, and what is made of them as much again a few times
 _PART_BYTES = 40 << 20  # of moments, and of the activations that they are taken of, that are held at a time
 _DAMPING = 1e-3  # of the mean energy of the inputs
 _SWEEPS = 3
 
 
 def reconstruct(
-    emitter: Emitter, feeds: Iterable[dict[str, np.ndarray]], sizes: Mapping[str, int], *, centred: bool, seed: int = 0
+    emitter: Emitter,
+    feeds: Callable[[], Iterable[dict[str, np.ndarray]]],
+    sizes: Mapping[str, int],
+    *,
+    centred: bool,
+    seed: int = 0,
 ) -> dict[str, WeightCodes]:
     """Return codes for the weights of all anchors of a placement, by name, with the scales that they would have anyway.
 
     Args:
         emitter: not used up: its model is run in float.
-        feeds: what to run, streamed; several times where moments or activations take much memory.
+        feeds: gives what to run, streamed; several times where moments or activations take much memory.
         sizes: bytes that a feed takes of each tensor.
         centred: whether biases take back the mean error of what has them.
         seed: of the rows that are drawn from feature maps.
@@ -48,7 +58,7 @@ def reconstruct(
             layers[name] = layer
     found: dict[str, WeightCodes] = {}
     for part in _parts(layers, sizes):
-        moments = input_moments(emitter.model, [layers[name].node for name in part], feeds, seed=seed)
+        moments = input_moments(emitter.model, [layers[name].node for name in part], feeds(), seed=seed)
         shared: dict[int, Moments] = {}
         for name in part:
             key, seen = id(layers[name].weight), moments.pop(id(layers[name].node))
@@ -90,15 +100,39 @@ def _rounded(emitter: Emitter, anchor: Anchor, layer: LinearLayer, seen: Moments
     np.einsum("gkk->gk", metric)[...] += step**2 / 12
     if not np.isfinite(metric).all():
         return plain
+    return _codes(layer, plain, metric, pairs=emitter.adds_in_pairs(anchor))
+
+
+def round_stored(
+    model: Model, nodes: Iterable[gs.Node], feeds: Iterable[dict[str, np.ndarray]], *, seed: int = 0
+) -> dict[str, WeightCodes]:
+    """Return codes for the weights of layers that compute in float, by name of their output.
+
+    The largest weight of each channel keeps the largest code, so that the scale can be told from the rounded weight.
+    """
+    layers = [layer for node in nodes if (layer := linear_layer(node)) is not None and layer.shape[2] <= _MOST_INPUTS]
+    found: dict[str, WeightCodes] = {}
+    moments = input_moments(model, [layer.node for layer in layers], feeds, seed=seed)
+    for layer in layers:
+        seen = moments.pop(id(layer.node))
+        metric = seen.second
+        if seen.count < 2 or not np.isfinite(metric).all():
+            continue
+        weight = np.asarray(layer.weight.values, np.float32)
+        plain = quantize_weight(weight, weight_axis(layer.node))
+        rows, largest = layer.rows_of(_codes(layer, plain, metric, pairs=False).codes), layer.rows_of(plain.codes)
+        place = np.abs(layer.rows_of(weight)).argmax(axis=2, keepdims=True)
+        np.put_along_axis(rows, place, np.take_along_axis(largest, place, axis=2), axis=2)
+        found[layer.output.name] = WeightCodes(layer.stored_as(rows), plain.scale)
+    return found
+
+
+def _codes(layer: LinearLayer, plain: WeightCodes, metric: FloatArray, *, pairs: bool) -> WeightCodes:
+    """Codes with the scales of ``plain``, chosen by :func:`round_rows`."""
     groups, outputs, _ = layer.shape
     scale = np.broadcast_to(plain.scale.astype(np.float64), groups * outputs).reshape(groups, outputs, 1)
-    codes = round_rows(
-        layer.rows_of(np.asarray(layer.weight.values, np.float64)),
-        layer.rows_of(plain.codes),
-        scale,
-        metric,
-        pairs=emitter.adds_in_pairs(anchor),
-    )
+    weight = layer.rows_of(np.asarray(layer.weight.values, np.float64))
+    codes = round_rows(weight, layer.rows_of(plain.codes), scale, metric, pairs=pairs)
     return WeightCodes(layer.stored_as(codes), plain.scale)
 
 

@@ -51,7 +51,7 @@ def again(proto: Any, plan: str, **options: Any) -> tuple[Model, Outcome]:
 
 
 @pytest.mark.parametrize(("make", "feeds"), [(mobile_block, images()), (transformer, flat())])
-@pytest.mark.parametrize("options", [{}, {"per_channel": False}, {"reduce_range": True}])
+@pytest.mark.parametrize("options", [{}, {"per_channel": False}, {"reduce_range": True}, {"keep_float": 1}])
 def test_the_same_runtime_gets_the_same_file(make: Any, feeds: Any, options: dict[str, Any], tmp_path: Path) -> None:
     first, outcome = quantize(make(), feeds, **options)
     assert {change.rule for change in outcome.changes} >= {"qdq"}
@@ -59,6 +59,7 @@ def test_the_same_runtime_gets_the_same_file(make: Any, feeds: Any, options: dic
     second, repeated = again(make(), kept(tmp_path / "record.json", outcome), **options)
     assert second.to_bytes() == first.to_bytes()
     assert repeated.plan == outcome.plan
+    assert bool(outcome.plan["graphs"][0]["on_grid"]) == ("keep_float" in options)
     assert repeated.numbers["nodes quantized"] == outcome.numbers["nodes quantized"]
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_quantize_static import images, mobile_block, quantize
+from test_quantize_static import Builder, images, mobile_block, quantize
 
-from onnxslim.passes import _quantizer, _rounding
-from onnxslim.passes._qdq import quantize_weight
+from onnxslim import load
+from onnxslim.passes import _quantizer, _rounding, _statistics
+from onnxslim.passes._qdq import dequantize_weight, quantize_weight
 from onnxslim.passes._rounding import round_rows
 
 
@@ -105,3 +106,28 @@ def test_observing_many_tensors_holds_few_of_them_at_a_time() -> None:
     words = [sys.executable, "-c", _OBSERVING, here]
     grown = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout) * 1024
     assert grown < 15 * (8 << 20)  # 40 tensors of 8 MiB
+
+
+def test_weights_of_float_layers_are_stored_as_what_their_layers_give_best() -> None:
+    rng = np.random.default_rng(0)
+    b = Builder()
+    b.node("Relu", [b.conv("x", "c", 3, 16)], "r")
+    b.node("ReduceMean", ["r"], "m", axes=[2, 3], keepdims=0)
+    b.node("Gemm", ["m", b.weight("w", 12, 16)], "y", transB=1)
+    model = load(b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 12]}))
+    feeds = [{"x": feed["x"] + rng.normal(size=(1, 3, 1, 1)).astype(np.float32)} for feed in images(64)]
+    nodes = {node.name: node for node in model.graph.nodes}
+    found = _rounding.round_stored(model, nodes.values(), feeds)
+    assert set(found) == {"c", "y"}
+    moments = _statistics.input_moments(model, nodes.values(), feeds, per_sample=144)
+    for name, codes in found.items():
+        node = nodes[name]
+        values = dequantize_weight(codes, 0)
+        again = quantize_weight(values, 0)
+        assert np.array_equal(again.codes, codes.codes)  # the scale can be told from what was rounded
+        np.testing.assert_allclose(again.scale, codes.scale, rtol=1e-6)
+        plain = dequantize_weight(quantize_weight(node.inputs[1].values, 0), 0)
+        second = moments[id(node)].second[0]
+        errors = [(each - node.inputs[1].values).reshape(len(each), -1) for each in (values, plain)]
+        better, worse = (np.einsum("ok,kl,ol->", error, second, error) for error in errors)
+        assert better < 0.8 * worse
