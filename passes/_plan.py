@@ -193,7 +193,7 @@ def weights_digest(graph: gs.Graph) -> str:
 
 
 def _deflated(content: bytes) -> str:
-    return base64.b64encode(zlib.compress(content, 9)).decode("ascii")
+    return base64.b64encode(zlib.compress(content, 6)).decode("ascii")
 
 
 def _inflated(text: str, size: int) -> bytes:
