@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxslim.branches import branches
+from onnxslim.bodies import bodies
 from onnxslim.data import open_dataset
 from onnxslim.errors import ModelError
 from onnxslim.graph.cost import MAC_OPS, layer_costs, node_count, op_histogram, parameter_count, total_macs
@@ -56,7 +56,7 @@ def _layers(model: Model, feed: Feed | None) -> list[LayerSize]:
 
 
 def _observed(model: Model, feed: Feed) -> dict[str, list[int]]:
-    """The shapes that multiplications read and give on a feed, in the branches that it takes as well."""
+    """The shapes that multiplications read and give on a feed, in the bodies that it enters as well."""
     names = [
         tensor.name
         for node in model.graph.nodes
@@ -67,9 +67,9 @@ def _observed(model: Model, feed: Feed) -> dict[str, list[int]]:
     seen = Session(model, outputs=list(dict.fromkeys(names))).run(feed) if names else {}
     shapes = {name: list(value.shape) for name, value in seen.items() if isinstance(value, np.ndarray)}
     specs = [TensorSpec(name, value.dtype, None) for name, value in feed.items()]
-    for branch in branches(model, open_dataset([feed], specs)):
-        assert branch.calibration is not None
-        shapes |= _observed(branch.model, next(iter(branch.calibration)))
+    for body in bodies(model, open_dataset([feed], specs)):
+        assert body.calibration is not None
+        shapes |= _observed(body.model, next(iter(body.calibration)))
     return shapes
 
 

@@ -68,7 +68,8 @@ class Judge:
     """What the float model makes of some feeds, by which quantized versions of it are judged.
 
     Attributes:
-        answers: each feed with the float outputs; elements that are not finite are no measure.
+        answers: each feed with the float outputs; elements that are not finite are no measure. Where there are none,
+            with all outputs: then the share that is not the same counts as noise.
         axes: the outputs that are probabilities, and the axis along which they sum to one. They are compared as
             logits: between probabilities, a few rows in which the order of two classes changes are all the error.
         fused: whether int8 kernels run, or what they stand for in float: on this processor they may saturate.
@@ -86,7 +87,8 @@ class Judge:
         left = _ANSWER_BYTES
         for feed in feeds:
             outputs = session.run(feed)
-            answers.append((feed, {name: value for name, value in outputs.items() if _is_float(value)}))
+            floats = {name: value for name, value in outputs.items() if _is_float(value)}
+            answers.append((feed, floats or {name: v for name, v in outputs.items() if isinstance(v, np.ndarray)}))
             left -= sum(value.nbytes for one in answers[-1] for value in one.values())
             if left <= 0:
                 break
@@ -110,7 +112,10 @@ class Judge:
         for feed, answer in self.answers:
             got = session.run(feed)
             for name, value in answer.items():
-                if got[name].shape == value.shape:
+                if got[name].shape == value.shape and value.dtype.kind != "f":
+                    noise[name] = noise.get(name, 0.0) + float((got[name] != value).sum())
+                    signal[name] = signal.get(name, 0.0) + float(value.size)
+                elif got[name].shape == value.shape:
                     true, found = (self._seen(name, one) for one in (value, got[name]))
                     finite = np.isfinite(true)
                     noise[name] = noise.get(name, 0.0) + float(np.square(found[finite] - true[finite]).sum())

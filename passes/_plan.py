@@ -122,7 +122,7 @@ class EqualizedTensor(_Entry):
 
 
 class GraphPlan(_Entry):
-    """The plan of one graph: the main one, or a branch.
+    """The plan of one graph: the main one, or a body.
 
     Layers and tensors are named by outputs, as nodes need not have names.
     """
@@ -139,7 +139,7 @@ class GraphPlan(_Entry):
 
 
 class QuantizationPlan(_Entry):
-    """The plans of a model's graphs: the main one, and branches."""
+    """The plans of a model's graphs: the main one, and bodies."""
 
     version: Literal[1] = 1
     graphs: list[GraphPlan] = Field(default_factory=list)

@@ -15,7 +15,6 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxslim.branches import closed_bodies
 from onnxslim.errors import ModelError
 from onnxslim.graph.shapes import Shapes, infer_shapes
 from onnxslim.graph.walk import drop_value_info
@@ -97,6 +96,7 @@ class Quantizer:
 
     Attributes:
         data: None where a plan is applied again.
+        carried: outputs that the next iteration gets, where the graph is the body of a loop.
         stored: that plan, of an earlier run; afterwards, what this run found.
         kept, precise: the layers that stay float, and those of them whose weights have to.
         thin: layers that are faster in float; so few weights are not worth an error that all that follows sees.
@@ -113,6 +113,7 @@ class Quantizer:
     context: Context
     outcome: Outcome
     stored: GraphPlan | None = None
+    carried: tuple[str, ...] = ()
     observed: dict[str, Observed] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
     precise: tuple[str, ...] = ()
@@ -238,6 +239,7 @@ class Quantizer:
         """The Conv, Gemm and MatMul nodes of the main graph whose weight can be quantized with its input."""
         shapes = infer_shapes(model, self.context.shapes)
         stateful = handed_on(model.graph)
+        carried = self._carried(model, shapes)
         anchors: dict[str, Anchor] = {}
         for node in model.graph.nodes:
             if node.op not in ANCHORS or node.domain or not node.outputs or len(node.inputs) < 2:
@@ -246,6 +248,8 @@ class Quantizer:
             reason = "it is excluded" if matches(node, self.options.exclude) else anchor_obstacle(node, shapes)
             if name in self.kept:
                 reason = "it is among the layers that add most error"
+            if id(node) in carried:
+                reason = "its result goes on to the next iteration, where small errors add up"
             if stateful is not None:
                 state = stateful.name or stateful.outputs[1].name
                 reason = f"the state of {stateful.op} {state!r} goes from run to run, where small errors add up"
@@ -255,6 +259,17 @@ class Quantizer:
             elif reasons is not None:
                 reasons[name] = reason
         return anchors, shapes
+
+    def _carried(self, model: Model, shapes: Shapes) -> set[int]:
+        """The nodes, by id, that numbers come from which the next iteration of a loop starts with."""
+        found: set[int] = set()
+        stack = [t for t in model.graph.outputs if t.name in self.carried and shapes.dtype(t) == np.float32]
+        while stack:
+            for node in stack.pop().inputs:
+                if id(node) not in found:
+                    found.add(id(node))
+                    stack += node.inputs
+        return found
 
     def _place(self, model: Model, reasons: dict[str, str] | None = None) -> Placement:
         """Solve the placement on ``model``, which has the tensors of the observed one."""
@@ -287,11 +302,11 @@ class Quantizer:
         nodes = {node.outputs[0].name: node for node in model.graph.nodes if node.outputs}
         for name, reason in reasons.items():
             self.outcome.refuse("qdq", nodes[name].name or name, f"{nodes[name].op}: {reason}")
-        for body in (*closed_bodies(model), *model.graph.functions):
-            for node in body.nodes:
+        for function in model.graph.functions:
+            for node in function.nodes:
                 if node.op in ANCHORS and not node.domain:
                     label = node.name or node.outputs[0].name
-                    why = f"{node.op}: it is in a loop or a function, where activations are not observed"
+                    why = f"{node.op}: it is in a function, where activations are not observed"
                     self.outcome.refuse("qdq", label, why)
 
     def _tiny(self, anchor: Anchor) -> bool:

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from pydantic import Field
 
-from onnxslim.branches import branches, closed_bodies
+from onnxslim.bodies import bodies
 from onnxslim.graph.shapes import infer_shapes
 from onnxslim.graph.walk import drop_value_info, hoist_constants
 from onnxslim.passes._bias import add_to_bias, bias_of
@@ -86,7 +86,7 @@ class FactorizeLowRank(Pass):
         return self.model_copy(update={"keep": (1 + self.keep) / 2}) if self.keep < 0.9 else None
 
     def run(self, model: Model, context: Context) -> Outcome:
-        """Choose ranks, fit, and put two nodes in the place of each chosen one; a branch of an If has its own budget.
+        """Choose ranks, fit, and put two nodes in the place of each chosen one; each body has its own budget.
 
         Raises:
             ModelError: the model does not run on the calibration feeds.
@@ -104,9 +104,9 @@ class FactorizeLowRank(Pass):
         if chosen:
             self._fit_and_replace(model, context, candidates, chosen, outcome)
             drop_value_info(model)
-        for branch in branches(model, context.calibration, partial(outcome.refuse, self.name)):
-            inside = Context(calibration=branch.calibration, seed=context.seed, progress=context.progress)
-            _include(outcome, self.run(branch.model, inside))
+        for body in bodies(model, context.calibration, partial(outcome.refuse, self.name)):
+            inside = Context(calibration=body.calibration, seed=context.seed, progress=context.progress)
+            _include(outcome, self.run(body.model, inside))
         if not outcome.changes and not outcome.refusals:
             outcome.refuse(self.name, model.graph.name, "no Conv, Gemm or MatMul with a constant weight")
         return outcome
@@ -133,9 +133,6 @@ class FactorizeLowRank(Pass):
                 yield Candidate(node, weight, layer.matrices()[0], layer)
             else:
                 yield Candidate(node, weight, plain_matrix(node, weight), None)
-        for body in closed_bodies(model):
-            for node in filter(_may_be_split, body.nodes):
-                outcome.refuse("low-rank", node.name, "it is inside the body of a loop")
         for function in model.graph.functions:
             if any(map(_may_be_split, function.nodes)):
                 outcome.refuse("low-rank", function.name, "layers inside a function: every call would change")
@@ -359,7 +356,7 @@ def _may_be_split(node: gs.Node) -> bool:
 
 
 def _include(outcome: Outcome, inside: Outcome) -> None:
-    """Add what was done in a branch: shares and errors are those of the worst graph, all else is summed."""
+    """Add what was done in a body: shares and errors are those of the worst graph, all else is summed."""
     outcome.changes += inside.changes
     outcome.refusals += [refusal for refusal in inside.refusals if refusal not in outcome.refusals]
     for key, value in inside.numbers.items():

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from pydantic import Field
 
-from onnxslim.branches import branches, closed_bodies
+from onnxslim.bodies import bodies
 from onnxslim.graph.cost import node_macs, parameter_count
 from onnxslim.graph.coupling import Coupling, Cut, Group, couple, cut
 from onnxslim.graph.shapes import infer_shapes
@@ -116,7 +116,7 @@ class PruneChannels(Pass):
     )
 
     def run(self, model: Model, context: Context) -> Outcome:
-        """Prune ``model`` in place, the branches of If nodes included, each within a budget of its own.
+        """Prune ``model`` in place, the bodies of If, Loop and Scan included, each within a budget of its own.
 
         Raises:
             ModelError: the model does not run on the calibration feeds.
@@ -143,13 +143,11 @@ class PruneChannels(Pass):
         return outcome
 
     def _prune(self, model: Model, context: Context, outcome: Outcome) -> _Tally:
-        """Prune the main graph of a model, and then the branches of its If nodes."""
+        """Prune the main graph of a model, and then the bodies of its nodes."""
         tally = self._prune_graph(model, context, outcome)
-        if looped := sum(map(_layers, closed_bodies(model))):
-            outcome.refuse(self.name, _name(model), f"{looped} layer(s) inside loops are not pruned")
-        for branch in branches(model, context.calibration, partial(outcome.refuse, self.name)):
-            inside = Context(calibration=branch.calibration, seed=context.seed, progress=context.progress)
-            tally += self._prune(branch.model, inside, outcome)
+        for body in bodies(model, context.calibration, partial(outcome.refuse, self.name)):
+            inside = Context(calibration=body.calibration, seed=context.seed, progress=context.progress)
+            tally += self._prune(body.model, inside, outcome)
         return tally
 
     def _prune_graph(self, model: Model, context: Context, outcome: Outcome) -> _Tally:

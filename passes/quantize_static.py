@@ -12,7 +12,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from pydantic import Field, NonNegativeInt, field_validator
 
-from onnxslim.branches import branches
+from onnxslim.bodies import bodies
 from onnxslim.graph.walk import drop_value_info, hoist_constants, remove_dead_nodes
 from onnxslim.passes._absorb import absorb
 from onnxslim.passes._calibration import Method
@@ -152,9 +152,15 @@ class QuantizeStatic(Pass):
         return outcome
 
     def _quantize(
-        self, model: Model, data: Dataset | None, plan: QuantizationPlan | None, context: Context, outcome: Outcome
+        self,
+        model: Model,
+        data: Dataset | None,
+        plan: QuantizationPlan | None,
+        context: Context,
+        outcome: Outcome,
+        carried: tuple[str, ...] = (),
     ) -> list[Quantizer]:
-        """Write activations and weights in int8 where both can be, in the branches of If nodes too."""
+        """Write activations and weights in int8 where both can be, in the bodies of If, Loop and Scan too."""
         hoist_constants(model)
         unraised = raise_opset(model, _OPSET)
         if unraised:
@@ -165,13 +171,13 @@ class QuantizeStatic(Pass):
         stored = plan.of(model.graph) if plan is not None else None
         if plan is None or stored is not None:
             data = None if data is None else data.in_memory(_KEPT_BYTES)
-            runs.append(Quantizer(self, model, data, context, outcome, stored))
+            runs.append(Quantizer(self, model, data, context, outcome, stored, carried))
             runs[0].run()
         else:
             outcome.refuse("qdq", "model", f"{self.plan} holds no plan for its weights: it is that of another model")
-        for branch in branches(model, data, partial(outcome.refuse, "qdq")):
-            inside = Context(calibration=branch.calibration, seed=context.seed, progress=context.progress)
-            runs += self._quantize(branch.model, branch.calibration, plan, inside, outcome)
+        for body in bodies(model, data, partial(outcome.refuse, "qdq")):
+            inside = Context(calibration=body.calibration, seed=context.seed, progress=context.progress)
+            runs += self._quantize(body.model, body.calibration, plan, inside, outcome, body.carried)
         return runs
 
     @property

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_branches import dataset
-from test_branches import model as branching_model
+from test_bodies import dataset
+from test_bodies import model as branching_model
 from test_equalize import norm, rows, uneven
 from test_quantize_static import Builder, images, mobile_block, quantize
 

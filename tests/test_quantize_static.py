@@ -732,6 +732,22 @@ def test_layers_that_make_most_of_a_large_error_stay_float_by_themselves():
     assert decibels(proto, named, feeds(5)) > decibels(proto, worse, feeds(5)) + 20
 
 
+def test_a_model_that_gives_decisions_only_is_judged_by_them():
+    b = Builder()
+    b.node("Relu", [b.conv("x", "c", 3, 32)], "r")
+    b.node("ReduceMean", ["r"], "m", axes=[2, 3], keepdims=0)
+    b.node("Gemm", ["m", b.weight("w", 50, 32)], "logits", transB=1)
+    b.node("ArgMax", ["logits"], "y", axis=1)
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 1]}, kinds={"y": TensorProto.INT64})
+    _, outcome = quantize(proto, images(64))
+    error = outcome.numbers["output error on held-back samples"]
+    assert 0 <= error < 0.2 and outcome.numbers["nodes quantized"] == 2
+    judge = Judge.of(load(proto), images(8))
+    flipped = load(proto)
+    flipped.graph.nodes[-2].inputs[1].values = -flipped.graph.nodes[-2].inputs[1].values
+    assert judge.error(load(proto)) == 0 and judge.error(flipped) == 1
+
+
 def test_probabilities_are_judged_by_their_logarithms():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(64, 10)).astype(np.float32) * 8
@@ -898,7 +914,7 @@ def test_a_branch_is_calibrated_where_it_runs_and_stores_its_weights_in_int8_whe
         assert outcome.numbers["share of MACs quantized (estimate)"] == 1
         assert "QuantizeLinear" in ops
     else:
-        assert "if (then_branch): stays as it is: the calibration data never takes this branch" in whys(outcome)
+        assert "if (then_branch): stays as it is: the calibration data never enters it" in whys(outcome)
         assert outcome.numbers["weights stored in int8 only"] == 64 * 64
         assert "QuantizeLinear" not in ops
     both = [{**feed, "c": np.array(c)} for feed in feeds for c in (True, False)]

@@ -1,4 +1,4 @@
-"""Branches of If nodes as models of their own: what enters them, what they share, and that they come back whole."""
+"""Bodies of If, Loop and Scan as models of their own: what enters them, what they share, and that they come back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxslim
-from onnxslim.branches import branches
+from onnxslim.bodies import bodies
 from onnxslim.data import open_dataset
 from onnxslim.measure import snapshot
 from onnxslim.passes.base import Context
@@ -92,10 +92,10 @@ def test_a_branch_is_a_model_that_gives_what_the_if_gives(nested):
     data, session = dataset(net, [1.0, -1.0, 1.0]), Session(net)
     expected = {level: [session.run(feed)["y"] for feed in data if feed["level"] == level] for level in (1.0, -1.0)}
     before = net.to_bytes()
-    for branch, level in zip(branches(net, data), (1.0, -1.0), strict=True):
-        assert branch.calibration is not None
-        alone = Session(branch.model)
-        found = [next(iter(alone.run(inside).values())) for inside in branch.calibration]
+    for body, level in zip(bodies(net, data), (1.0, -1.0), strict=True):
+        assert body.calibration is not None
+        alone = Session(body.model)
+        found = [next(iter(alone.run(inside).values())) for inside in body.calibration]
         for mine, reference in zip(found, expected[level], strict=True):
             np.testing.assert_allclose(mine, reference, atol=1e-5)
     assert net.to_bytes() == before
@@ -105,9 +105,9 @@ def test_weights_of_other_graphs_are_inputs_and_their_vectors_change_for_one_bra
     net = model()
     bias = next(constant for constant in net.constants() if constant.name == "bias")
     kept = bias.values.copy()
-    for branch in branches(net, None):
-        assert {tensor.name for tensor in branch.model.graph.inputs} == {"stem", "shared"}
-        for node in branch.model.graph.nodes:
+    for body in bodies(net, None):
+        assert {tensor.name for tensor in body.model.graph.inputs} == {"stem", "shared"}
+        for node in body.model.graph.nodes:
             if node.name == "a_c2":
                 node.inputs[2].values = node.inputs[2].values + 1
     used = {n.name: n.inputs[2] for graph in net.graphs() for n in graph.nodes if n.name in ("a_c2", "b_c2")}
@@ -121,9 +121,9 @@ def test_weights_of_other_graphs_are_inputs_and_their_vectors_change_for_one_bra
 
 def test_fresh_names_of_a_branch_are_fresh_in_the_model():
     net = model()
-    for branch in branches(net, None):
-        assert branch.model.fresh_name("late") == "late_1"
-        assert branch.model.fresh_name("b_c1") == "b_c1_1"
+    for body in bodies(net, None):
+        assert body.model.fresh_name("late") == "late_1"
+        assert body.model.fresh_name("b_c1") == "b_c1_1"
         break
     assert net.fresh_name("late") == "late_2"
 
@@ -133,7 +133,7 @@ def test_a_branch_that_reads_a_tensor_of_unknown_type_stays():
     maker = next(node for node in net.graph.nodes if node.name == "stem")
     maker.domain = "unheard.of"
     told: list[tuple[str, str]] = []
-    assert not list(branches(net, None, lambda node, why: told.append((node, why))))
+    assert not list(bodies(net, None, lambda node, why: told.append((node, why))))
     assert told[0] == ("choice (then_branch)", "stays as it is: the type of 'stem', which it reads, is unknown")
 
 
@@ -166,7 +166,7 @@ def test_pruning_leaves_a_branch_alone_that_the_data_never_takes():
     reference = Session(net).run(unseen)["y"]
     outcome = PruneChannels(ratio=0.25).run(net, Context(calibration=dataset(net, [1.0] * 24)))
     assert any(change.node == "a_c1" for change in outcome.changes)
-    assert ("choice (else_branch)", "stays as it is: the calibration data never takes this branch") in [
+    assert ("choice (else_branch)", "stays as it is: the calibration data never enters it") in [
         (refusal.node, refusal.why) for refusal in outcome.refusals
     ]
     np.testing.assert_array_equal(Session(net).run(unseen)["y"], reference)
@@ -194,33 +194,135 @@ def test_layers_of_a_branch_cost_what_they_multiply_on_the_feed(tmp_path):
     assert layers["a_c3"] == 4 * 8 * 8 * 4 * WIDE
 
 
-def test_layers_in_loops_stay_with_a_reason():
-    value = helper.make_tensor_value_info
-    nodes = [helper.make_node("MatMul", ["h", "w"], ["g"], name="step"), helper.make_node("Identity", ["go"], ["on"])]
-    inputs = [value("i", TensorProto.INT64, []), value("go", TensorProto.BOOL, [])]
-    inputs += [value("h", TensorProto.FLOAT, [1, 64])]
-    outputs = [value("on", TensorProto.BOOL, []), value("g", TensorProto.FLOAT, [1, 64])]
-    loop = helper.make_graph(nodes, "step", inputs, outputs, [tensor("w", 64, 64, seed=0)])
+def value(name: str, kind: int, shape: list | None) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+STEPS, STATE, HIDDEN = 5, 24, 64
+
+
+def recurrent(op: str, *, limit: int | None = STEPS, axis: int = 1, backwards: int = 0, typed: bool = True):
+    """A state that each step adds to, and a network on it whose results are collected.
+
+    ``op`` is Loop, over the rows of an input of the outer graph until the state is large or the rows end; or Scan.
+    """
+    looping = op == "Loop"
+    step = [
+        helper.make_node("MatMul", ["h", "w"], ["hw"], name="state"),
+        helper.make_node("Add", ["hw", "row"], ["sum"]),
+        helper.make_node("Tanh", ["sum"], ["next"]),
+        helper.make_node("Gemm", ["next", "w1", "b1"], ["g1"], name="hidden"),
+        helper.make_node("Relu", ["g1"], ["r1"]),
+        helper.make_node("MatMul", ["r1", "w2"], ["out"], name="result"),
+    ]
+    kind = TensorProto.FLOAT if typed else TensorProto.UNDEFINED
+    inputs, outputs = [value("h", kind, [2, STATE])], [value("next", 1, [2, STATE]), value("out", 1, [2, 8])]
+    if looping:
+        step.insert(0, helper.make_node("Gather", ["rows", "i"], ["row"], axis=axis))
+        step += [helper.make_node("ReduceMax", ["out"], ["most"], keepdims=0)]
+        step += [helper.make_node("Less", ["most", "enough"], ["on"])]
+        inputs = [value("i", TensorProto.INT64, []), value("go", TensorProto.BOOL, []), *inputs]
+        outputs = [value("on", TensorProto.BOOL, []), *outputs]
+    else:
+        inputs.append(value("row", 1, [2, STATE]))
+    weights = [tensor("w", STATE, STATE, seed=1), tensor("w1", STATE, HIDDEN, seed=2), tensor("b1", HIDDEN, seed=3)]
+    weights += [tensor("w2", HIDDEN, 8, seed=4)]
+    body_ = helper.make_graph(step, "step", inputs, outputs, weights[1:])
+    start = "" if limit is None else "limit"
+    loop = helper.make_node("Loop", [start, "", "h0"], ["last", "y"], name="loop", body=body_)
+    scan = helper.make_node(
+        "Scan", ["h0", "rows"], ["last", "y"], name="loop", body=body_, num_scan_inputs=1,
+        scan_input_axes=[axis], scan_input_directions=[backwards],
+    )  # fmt: skip
+    shape = [2, STATE]
+    shape.insert(axis, "n")
+    more = [numpy_helper.from_array(np.float32(3.7), "enough"), numpy_helper.from_array(np.array(limit or 0), "limit")]
     graph = helper.make_graph(
-        [helper.make_node("Loop", ["count", "", "x"], ["y"], body=loop)],
+        [loop if looping else scan],
         "net",
-        [value("x", TensorProto.FLOAT, [1, 64])],
-        [value("y", TensorProto.FLOAT, [1, 64])],
-        [numpy_helper.from_array(np.array(3), "count")],
+        [value("h0", 1, [2, STATE]), value("rows", 1, shape)],
+        [value("y", 1, [None] * 3), value("last", 1, [None] * 2)],
+        [weights[0], *more],
     )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    for rewrite, why in (
-        (PruneChannels(), "1 layer(s) inside loops are not pruned"),
-        (FactorizeLowRank(), "it is inside the body of a loop"),
-    ):
-        outcome = rewrite.run(onnxslim.load(proto), Context())
-        assert not outcome.changes and [refusal.why for refusal in outcome.refusals] == [why]
-    rows = [{"x": np.random.default_rng(n).standard_normal((1, 64)).astype(np.float32)} for n in range(4)]
-    data = open_dataset(rows, Session(proto).specs)
-    outcome = QuantizeStatic().run(onnxslim.load(proto), Context(calibration=data))
-    assert [change.rule for change in outcome.changes] == ["weight-only int8"]
-    refused = {refusal.node: refusal.why for refusal in outcome.refusals}
-    assert refused["step"] == "MatMul: it is in a loop or a function, where activations are not observed"
+    return onnxslim.load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+def sequences(axis: int = 1, count: int = 32, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    feeds_ = [{"h0": rng.normal(size=(2, STATE)), "rows": rng.normal(size=(2, 7, STATE))} for _ in range(count)]
+    return [
+        {"h0": (feed["h0"] / 2).astype(np.float32), "rows": np.moveaxis(feed["rows"], 1, axis).astype(np.float32)}
+        for feed in feeds_
+    ]
+
+
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        ("Loop", {}),
+        ("Loop", {"axis": 0}),
+        ("Scan", {}),
+        ("Scan", {"axis": 2}),
+        ("Scan", {"axis": 0, "backwards": 1}),
+    ],
+)
+def test_a_body_of_a_loop_gets_what_each_iteration_gets(op: str, options: dict):
+    net = recurrent(op, **options)
+    before = net.to_bytes()
+    data = open_dataset(sequences(options.get("axis", 1)), Session(net).specs)
+    made = [Session(net).run(feed)["y"] for feed in data]
+    assert {len(y) for y in made} == ({7} if op == "Scan" else set(range(1, STEPS + 1)))  # some loops end early
+    (found,) = [(body, list(body.calibration or ()), Session(body.model)) for body in bodies(net, data)]
+    assert found[0].carried == ("next",)
+    outputs = [found[2].run(feed)["out"] for feed in found[1]]
+    np.testing.assert_allclose(np.stack(outputs), np.concatenate(made), rtol=1e-5, atol=1e-6)
+    assert net.to_bytes() == before
+
+
+def test_a_loop_that_is_never_entered_and_one_without_types_stay_with_a_reason():
+    told: list[str] = []
+    net = recurrent("Loop", limit=None)
+    data = open_dataset(sequences(count=2), Session(net).specs)
+    for body in net.graph.nodes[0].attrs["body"].inputs:
+        body.dtype = None
+    assert not list(bodies(net, data, lambda node, why: told.append(f"{node}: {why}")))
+    assert told == ["loop (body): stays as it is: the type of 'i', which it reads, is unknown"]
+    net = recurrent("Loop")
+    net.graph.nodes[0].inputs[0].values = np.array(0)
+    assert not list(bodies(net, data, lambda node, why: told.append(f"{node}: {why}")))
+    assert told[1:] == ["loop (body): stays as it is: the calibration data never enters it"]
+
+
+@pytest.mark.parametrize("op", ["Loop", "Scan"])
+@pytest.mark.parametrize(
+    "rewrite",
+    [PruneChannels(ratio=0.25), FactorizeLowRank(keep=0.8), QuantizeStatic(only_if_faster=False)],
+    ids=lambda rewrite: rewrite.name,
+)
+def test_passes_work_inside_of_loops(op: str, rewrite):
+    net = recurrent(op)
+    reference = net.copy()
+    data = open_dataset(sequences(), Session(net).specs)
+    outcome = rewrite.run(net, Context(calibration=data))
+    named = {change.node for change in outcome.changes}
+    assert {"hidden", "result"} & named
+    if rewrite.name == "quantize-static":
+        refused = {refusal.node: refusal.why for refusal in outcome.refusals}
+        assert refused["state"] == "MatMul: its result goes on to the next iteration, where small errors add up"
+        ops = [node.op for graph in net.graphs() for node in graph.nodes]
+        assert ops.count("QuantizeLinear") == 2
+    elif rewrite.name == "prune-channels":
+        widths = {node.name: node.inputs[1].shape for graph in net.graphs() for node in graph.nodes if node.name}
+        assert widths["hidden"][1] == widths["result"][0] == 48
+    onnx.checker.check_model(net.to_proto())
+    old, new = Session(reference), Session(net)
+    noise = signal = 0.0
+    for feed in sequences(seed=5):
+        wanted, got = old.run(feed)["y"], new.run(feed)["y"]
+        steps = min(len(wanted), len(got))
+        noise += float(np.square(got[:steps] - wanted[:steps]).sum())
+        signal += float(np.square(wanted[:steps]).sum())
+    assert noise < (0.001 if rewrite.name == "quantize-static" else 0.1) * signal
 
 
 MOVES = {
