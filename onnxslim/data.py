@@ -142,7 +142,7 @@ class Dataset:
             return
         pending: list[Feed] = []
         for feed in self:
-            single = all(value.shape[0] == 1 for value in feed.values())
+            single = all(value.shape[:1] == (1,) for value in feed.values())
             if pending and (not single or _shapes(feed) != _shapes(pending[0]) or len(pending) >= size):
                 yield _stack(pending)
                 pending = []

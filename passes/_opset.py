@@ -14,6 +14,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnxslim.graph.shapes import Shapes, infer_shapes
+
 if TYPE_CHECKING:
     from onnxslim.model import Model
 
@@ -50,8 +52,9 @@ def raise_opset(model: Model, opset: int = 13) -> str | None:
     if model.graph.functions:
         return f"the model has local functions, which are bound to opset {before}"
     nodes = [(graph, node) for graph in model.graphs() for node in graph.nodes if not node.domain]
+    shapes = infer_shapes(model) if any(node.op == "Clip" for _, node in nodes) else None
     for _, node in nodes:
-        reason = _obstacle(node)
+        reason = _obstacle(node, shapes)
         if reason:
             return f"node {node.name or node.op!r} ({node.op}) cannot be raised from opset {before}: {reason}"
     for graph, node in nodes:
@@ -62,10 +65,10 @@ def raise_opset(model: Model, opset: int = 13) -> str | None:
     return None
 
 
-def _obstacle(node: gs.Node) -> str | None:
+def _obstacle(node: gs.Node, shapes: Shapes | None) -> str | None:
     if node.op == "Dropout" and node.attrs.get("ratio") is not None and len(node.outputs) > 1:
         return "it returns its mask"
-    if node.op == "Clip" and any(tensor.dtype not in (None, np.dtype(np.float32)) for tensor in node.inputs[:1]):
+    if node.op == "Clip" and shapes is not None and shapes.dtype(node.inputs[0]) not in (None, np.dtype(np.float32)):
         return "its bounds are not float32"
     if node.op == "Upsample" and node.attrs.get("mode", "nearest") not in ("nearest", "linear"):
         return "unknown interpolation mode"

@@ -144,11 +144,11 @@ class Quantizer:
         else:
             try:
                 batch = self._observe(self.data, anchors, shapes)
-            except ModelError as error:
-                self.outcome.refuse("qdq", "model", f"its activations cannot be observed: {error}")
+                split = self._split(self.data, batch)
+                plan = self._plan(split) if self._place(self.model).anchors else _Plan({})
+            except ModelError as error:  # perhaps in int8 only: there may be no kernel for its operator set
+                self.outcome.refuse("qdq", "model", f"it does not run where it is to be calibrated: {error}")
                 return
-            split = self._split(self.data, batch)
-            plan = self._plan(split) if self._place(self.model).anchors else _Plan({})
             self.stored = self._stored(plan, digest)
         placement = self._place(self.model, reasons)
         self._refuse(self.model, reasons)

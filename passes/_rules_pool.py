@@ -15,12 +15,14 @@ __all__ = ["mean_as_pool"]
 def mean_as_pool(g: Rewriter, node: gs.Node) -> str | Refused | None:
     """ReduceMean over all spatial axes becomes a GlobalAveragePool, for which there is a kernel on codes.
 
-    Only quantization needs this: in float a ReduceMean is as fast.
+    Only quantization needs this: in float a ReduceMean is as fast. And only of what layers make: where there may be no
+    channel at all, pooling fails.
     """
     source = node.inputs[0]
     rank = g.rank(source)
     axes = g.integers(node, 1, "axes")
-    if rank is None or rank < 3 or axes is None or g.dtype(source) != np.float32:
+    made = g.producer(source, "Conv", "Relu", "Clip", "LeakyRelu", "MaxPool", "AveragePool", "Add", "Mul", "Concat")
+    if rank is None or rank < 3 or axes is None or made is None or g.dtype(source) != np.float32:
         return None
     if sorted(axis % rank for axis in axes) != list(range(2, rank)):
         return None

@@ -177,11 +177,14 @@ class LinearLayer:
     def input_rows(self, x: Array, rows: Rows) -> Array:
         """The drawn rows of an input batch, ``[G, R, K]`` in the dtype of ``x``."""
         if not self.spatial:
-            samples = x.shape[0] if x.ndim > 1 else 1
-            return x.reshape(samples, -1, x.shape[-1])[rows.sample, rows.position][None]
+            return _by_sample(x)[rows.sample, rows.position][None]
         source, inside = self._sources(x.shape, rows.position)
-        patches = x.reshape(*x.shape[:2], -1)[rows.sample[:, None], :, source]  # [R, taps, C]
-        patches[~inside] = 0
+        if inside.any():
+            flat = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+            patches = flat[rows.sample[:, None], :, source]  # [R, taps, C]
+            patches[~inside] = 0
+        else:  # nothing but padding: there may be no element to read
+            patches = np.zeros((*source.shape, x.shape[1]), x.dtype)
         return patches.swapaxes(1, 2).reshape(len(patches), self.groups, -1).swapaxes(0, 1)
 
     def _sources(self, shape: Sequence[int], positions: NDArray[np.intp]) -> tuple[Array, Array]:
@@ -213,10 +216,9 @@ class LinearLayer:
         ``channels`` picks from a wider tensor the ``G * O`` channels that the layer makes (a teacher that was not cut).
         """
         if self.spatial:
-            picked = y.reshape(y.shape[0], y.shape[1], -1)[rows.sample, :, rows.position]
+            picked = y.reshape(*y.shape[:2], math.prod(y.shape[2:]))[rows.sample, :, rows.position]
         else:
-            samples = y.shape[0] if y.ndim > 1 else 1
-            picked = y.reshape(samples, -1, y.shape[-1])[rows.sample, rows.position]
+            picked = _by_sample(y)[rows.sample, rows.position]
         if channels is not None:
             picked = picked[:, channels]
         return picked.reshape(len(picked), self.groups, -1).transpose(1, 0, 2)
@@ -233,6 +235,12 @@ class LinearLayer:
             begins.append(small if self.pads == "SAME_UPPER" else large)
             ends.append(large if self.pads == "SAME_UPPER" else small)
         return begins, ends
+
+
+def _by_sample(values: Array) -> Array:
+    """``[..., K]`` as ``[B, T, K]``, of which any may be 0."""
+    samples = values.shape[0] if values.ndim > 1 else 1
+    return values.reshape(samples, math.prod(values.shape[1:-1]), values.shape[-1])
 
 
 def linear_layer(node: gs.Node) -> LinearLayer | None:

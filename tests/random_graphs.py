@@ -39,19 +39,20 @@ _SEEDS = st.integers(0, 2**32 - 1)
 
 
 @st.composite
-def graphs(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Graph:
+def graphs(draw: Callable[[st.SearchStrategy[Any]], Any], more: tuple[Callable[[Builder], None], ...] = ()) -> Graph:
     """Draw a graph of up to some twenty nodes, or more in bodies, with three to five feeds.
 
     The feeds take different sizes for the dynamic axes, one of them perhaps empty; they hold normal numbers, edge
     values, large ones, and perhaps NaN and infinities. What hypothesis draws is one seed for the frame and one for each
-    step, so that it finds the fewest steps that fail, and all choices within a step are equally likely.
+    step, so that it finds the fewest steps that fail, and all choices within a step are equally likely. ``more`` steps
+    are drawn from as well as the usual ones.
     """
     b, sizes = _frame(random.Random(draw(_SEEDS)))
     for _ in range(b.number(1, 3)):
         b.input(b.choose(_DTYPES), b.choose(_SHAPES), sizes)
     for seed in draw(st.lists(_SEEDS, min_size=4, max_size=20)):
         b.rng.seed(seed)
-        grow(b, _STEPS, 1)
+        grow(b, (*_STEPS, *more), 1)
     outputs = _outputs(b)
     graph = b.to_graph(outputs)
     if b.ir_version < 4:

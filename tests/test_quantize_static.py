@@ -836,6 +836,31 @@ def test_raising_keeps_the_numbers_of_every_op_that_changed():
         np.testing.assert_allclose(after[name], before[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+def test_bounds_that_are_no_float32_keep_a_model_at_its_opset():
+    b = Builder()
+    b.node("Cast", ["x"], "half", to=TensorProto.FLOAT16)
+    b.node("Clip", ["half"], "clip", min=0.0, max=6.0)
+    b.node("Cast", ["clip"], "y", to=TensorProto.FLOAT)
+    model = load(b.model({"x": [2, 3]}, {"y": [2, 3]}, opset=10))
+    assert "its bounds are not float32" in (raise_opset(model) or "")
+    assert model.opset == 10
+
+
+def test_scalar_inputs_and_empty_feeds_are_calibrated_with():
+    b = Builder()
+    b.node("MatMul", ["x", b.weight("w", 64, 64)], "m")
+    b.node("Mul", ["m", "gain"], "y")
+    proto = b.model({"x": ["n", "t", 64], "gain": []}, {"y": ["n", "t", 64]})
+    rng = np.random.default_rng(0)
+    feeds = [
+        {"x": rng.normal(size=(rows, 3, 64)).astype(np.float32), "gain": np.array(2, np.float32)}
+        for rows in (4, 0, 2, 4, 0, 3, 2, 4)
+    ]
+    model, outcome = quantize(proto, feeds)
+    assert outcome.numbers["nodes quantized"] == 1
+    assert decibels(proto, model, feeds) > 30
+
+
 def test_too_old_model_is_refused_but_its_weights_are_stored_in_int8():
     proto = mobile_block(opset=9)
     proto.opset_import[0].version = 8
