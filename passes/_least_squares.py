@@ -14,7 +14,7 @@ gradients, ``K * K`` floats a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -64,6 +64,8 @@ class _Task:
 
     Attributes:
         beside: what an Add joins to the layer's output, when the layer is to make up for its error too.
+        unlike: whether the target was seen to have other positions than the output: an Add behind the layer repeats
+            what it adds, or what was cut lay along the positions.
         seen: rows to refine the fit on, where an activation cuts off part of the output.
     """
 
@@ -73,6 +75,7 @@ class _Task:
     kept: NDArray[np.int64] | None = None
     parts: list[Moments] = field(default_factory=list)
     samples: int = 0
+    unlike: bool = False
 
     @property
     def target(self) -> gs.Tensor:
@@ -87,6 +90,12 @@ class _Task:
     def observe(self, x: Feed, target: np.ndarray, rng: np.random.Generator, per_sample: int) -> None:
         """Add one batch."""
         layer = self.layer
+        shapes = [layer.output_shape(x[layer.data.name].shape), target.shape]
+        if self.beside is not None:
+            shapes.append(x[self.beside.name].shape)
+        if self.unlike or len({_without_channels(layer, shape) for shape in shapes}) > 1:
+            self.unlike = True
+            return
         if not self.parts:
             groups, outputs, inputs = layer.shape
             count = 2 if inputs <= _WIDEST_TRIAL else 1
@@ -103,6 +112,12 @@ class _Task:
         for number, part in enumerate(self.parts):
             part.gather(inputs_[:, turn == number], targets[:, turn == number])
         self.samples += int(rows.sample.max(initial=-1)) + 1
+
+
+def _without_channels(layer: LinearLayer, shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape of an output of the layer without the axis of its channels."""
+    axis = 1 if layer.spatial else len(shape) - 1
+    return (*shape[:axis], *shape[axis + 1 :])
 
 
 def recover(
@@ -153,7 +168,12 @@ def recover(
         for task in tasks:
             for part in task.parts:
                 part.settle()
-            refits.append(_refit(model, task, ridge))
+            if task.unlike:
+                refits.append(
+                    Refit(task.layer.node, why="what was cut, or added to it, is not along its channels alone")
+                )
+            else:
+                refits.append(_refit(model, task, ridge))
             task.parts, task.seen = [], None
         done += len(tasks)
         progress(done, total)

@@ -185,7 +185,7 @@ class LinearLayer:
             patches[~inside] = 0
         else:  # nothing but padding: there may be no element to read
             patches = np.zeros((*source.shape, x.shape[1]), x.dtype)
-        return patches.swapaxes(1, 2).reshape(len(patches), self.groups, -1).swapaxes(0, 1)
+        return patches.swapaxes(1, 2).reshape(len(patches), self.groups, self.shape[2]).swapaxes(0, 1)
 
     def _sources(self, shape: Sequence[int], positions: NDArray[np.intp]) -> tuple[Array, Array]:
         """Which flat input position each tap reads for these output positions, and whether there is one: ``[R, taps]``.
@@ -206,8 +206,9 @@ class LinearLayer:
             else:
                 at, rest = place[:, None] * stride - begin + taps, np.zeros(1, np.intp)
             there = (rest == 0) & (at >= 0) & (at < size)
-            source = (source[:, :, None] * size + np.where(there, at, 0)[:, None, :]).reshape(len(positions), -1)
-            inside = (inside[:, :, None] & there[:, None, :]).reshape(len(positions), -1)
+            taken = len(positions), source.shape[1] * kernel
+            source = (source[:, :, None] * size + np.where(there, at, 0)[:, None, :]).reshape(taken)
+            inside = (inside[:, :, None] & there[:, None, :]).reshape(taken)
         return source, inside
 
     def output_rows(self, y: Array, rows: Rows, channels: NDArray[np.integer] | None = None) -> Array:
@@ -221,7 +222,7 @@ class LinearLayer:
             picked = _by_sample(y)[rows.sample, rows.position]
         if channels is not None:
             picked = picked[:, channels]
-        return picked.reshape(len(picked), self.groups, -1).transpose(1, 0, 2)
+        return picked.reshape(len(picked), self.groups, picked.shape[1] // self.groups).transpose(1, 0, 2)
 
     def _padding(self, size: Sequence[int]) -> tuple[list[int], list[int]]:
         """Zeros before and after every spatial axis of an input of this size."""

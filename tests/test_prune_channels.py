@@ -515,3 +515,29 @@ def test_pruned_file_is_valid(tmp_path):
     model.graph.outputs[0].shape = ["N", 6]
     model.save(tmp_path / "pruned.onnx")
     onnx.checker.check_model(str(tmp_path / "pruned.onnx"), full_check=True)
+
+
+def test_a_weight_that_is_data_elsewhere_is_cut_for_both_or_not_at_all():
+    rng = np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        return numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name)
+
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a"], "a"),
+        helper.make_node("Conv", ["a", "w2"], ["b"], "b"),
+        helper.make_node("Conv", ["w2", "w3"], ["c"], "c"),  # a map of eight samples with the channels of ``a``
+        helper.make_node("ReduceSum", ["c"], ["s"], keepdims=0),
+        helper.make_node("Add", ["b", "s"], ["y"]),
+    ]
+    weights = [weight("w1", 16, 3, 3), weight("w2", 8, 16, 3), weight("w3", 5, 16, 2)]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 12])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 8, 8])]
+    graph = helper.make_graph(nodes, "net", inputs, outputs, weights)
+    model = onnxslim.load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    outcome = PruneChannels(ratio=0.5, multiple_of=1, min_channels=1).run(model, Context())
+    widths = {node.name: node.inputs[1].shape for node in model.graph.nodes if node.op == "Conv"}
+    assert outcome.changes
+    assert widths["a"][0] == widths["b"][1] == 8
+    assert next(node for node in model.graph.nodes if node.name == "c").inputs[0].shape[1] == widths["c"][1]
+    Session(model).run({"x": rng.normal(size=(2, 3, 12)).astype(np.float32)})

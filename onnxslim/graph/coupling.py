@@ -277,9 +277,9 @@ def _cut_constants(model: Model, coupling: Coupling, plan: Cut) -> None:
         if isinstance(place.tensor, gs.Constant) and kept is not None:
             constants[axis[0]] = place.tensor
             views.setdefault(axis[0], {}).setdefault(axis[1], []).append((place.axis, kept))
-    layers: dict[int, set[int]] = {}
-    for use in coupling.uses:
-        layers.setdefault(use.axis[0], set()).add(id(use.node))
+    viewers: dict[int, set[int]] = {}  # the users that have a view of their own, cut or not
+    for axis in coupling.places:
+        viewers.setdefault(axis[0], set()).add(axis[1])
     outputs = {id(tensor) for tensor in model.graph.outputs}
     for tensor, by_user in views.items():
         constant = constants[tensor]
@@ -289,7 +289,7 @@ def _cut_constants(model: Model, coupling: Coupling, plan: Cut) -> None:
             sliced = values
             for position, kept in cuts:
                 sliced = np.take(sliced, kept, axis=position)
-            mine = {viewer} if viewer else layers.get(tensor, set())
+            mine = {viewer} if viewer else set(users) - viewers[tensor]
             if mine >= set(users) and tensor not in outputs:
                 constant.values = np.ascontiguousarray(sliced)
                 continue
