@@ -28,6 +28,8 @@ FloatArray = NDArray[np.float32]
 RULE = "weight-only int8"
 _OVERHEAD = 400  # bytes of names and nodes
 _LIMIT = 127
+_CAST = 100  # bytes of the node that makes float32 of scales in float16
+_HALF_RANGE = 2.0**-14, 2.0**15  # in which float16 is good to 11 bits
 # The axes over which one scale is shared, by op and position of the weight; for a weight of ``rank`` axes.
 _SHARED: dict[tuple[str, int], Callable[[gs.Node, int], tuple[int, ...]]] = {
     ("Conv", 1): lambda node, rank: tuple(range(1, rank)),
@@ -119,7 +121,19 @@ def _is_lookup(use: _Use) -> bool:
 def _codes(values: FloatArray, shared: tuple[int, ...]) -> tuple[NDArray[np.int8], FloatArray]:
     largest = np.abs(values).max(axis=shared, keepdims=True)
     scale = np.where(largest > 0, largest / _LIMIT, 1.0).astype(np.float32)
-    return np.rint(values / scale).astype(np.int8), scale
+    if 2 * scale.size > _CAST and scale.min() >= _HALF_RANGE[0] and scale.max() <= _HALF_RANGE[1]:
+        scale = scale.astype(np.float16).astype(np.float32)
+    return np.clip(np.rint(values / scale), -_LIMIT, _LIMIT).astype(np.int8), scale
+
+
+def _stored_scale(model: Model, weight: gs.Constant, scale: FloatArray) -> tuple[gs.Tensor, list[gs.Node]]:
+    """The scales of a weight as float32, and the node that makes them so: float16 holds those of :func:`_codes`."""
+    half = scale.astype(np.float16)
+    if 2 * scale.size <= _CAST or not np.array_equal(half.astype(np.float32), scale):
+        return gs.Constant(model.fresh_name(f"{weight.name}_s"), scale), []
+    stored = gs.Constant(model.fresh_name(f"{weight.name}_h"), half)
+    real = gs.Variable(model.fresh_name(f"{weight.name}_s"), np.float32, list(scale.shape))
+    return real, [gs.Node("Cast", real.name, {"to": 1}, inputs=[stored], outputs=[real])]
 
 
 def _finite(weight: gs.Constant, outcome: Outcome) -> FloatArray | None:
@@ -147,10 +161,11 @@ def _quantize_weight(model: Model, home: gs.Graph, weight: gs.Constant, uses: li
     if not _saves(codes, scale):
         return 0
     stored = gs.Constant(model.fresh_name(f"{weight.name}_q"), codes)
-    scales = gs.Constant(model.fresh_name(f"{weight.name}_s"), scale)
+    scales, made = _stored_scale(model, weight, scale)
     real = gs.Variable(model.fresh_name(f"{weight.name}_c"), np.float32, list(values.shape))
     result = gs.Variable(model.fresh_name(f"{weight.name}_w"), np.float32, list(values.shape))
     nodes = [
+        *made,
         gs.Node("Cast", real.name, {"to": 1}, inputs=[stored], outputs=[real]),
         gs.Node("Mul", result.name, inputs=[real, scales], outputs=[result]),
     ]

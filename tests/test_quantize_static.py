@@ -1029,3 +1029,22 @@ def test_layers_that_take_differences_of_large_inputs_are_rounded_for_what_they_
     _, found = quantize(proto, feeds)
     key = "output error on held-back samples"
     assert found.numbers[key] < 0.9 * nearest.numbers[key]
+
+
+@pytest.mark.parametrize(
+    ("width", "gain", "kind"), [(64, 1.0, np.float16), (16, 1.0, np.float32), (64, 1e-6, np.float32)]
+)
+def test_scales_of_stored_weights_are_float16_where_that_holds_them(
+    tmp_path: Path, width: int, gain: float, kind: type
+):
+    b = Builder()
+    b.node("Conv", ["x", b.weight("w", width, 32, 3, 3, gain=gain)], "y", pads=[1, 1, 1, 1])
+    proto = b.model({"x": ["n", 32, 8, 8]}, {"y": ["n", width, 8, 8]})
+    model, outcome = quantize(
+        proto, images(channels=32, size=8), exclude=("none",), only_if_faster=False, max_range=1e-30
+    )
+    assert [change.rule for change in outcome.changes] == ["weight-only int8"]
+    scales = [c for c in model.constants() if c.dtype in (np.float16, np.float32) and c.values.size == width]
+    assert [c.dtype for c in scales] == [kind]
+    assert set(fused(model, tmp_path)) <= {"Conv", "ReorderInput", "ReorderOutput"}  # folded when it is loaded
+    assert decibels(proto, model, images(channels=32, size=8, seed=7)) > 35
