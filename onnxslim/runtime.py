@@ -43,13 +43,10 @@ __all__ = [
     "interleaved_latency",
     "max_ir_version",
     "peak_memory",
-    "spill",
-    "too_large",
     "usable_cores",
 ]
 
-# protobuf refuses messages of 2 GiB; the graph around the weights must fit as well.
-_MESSAGE_LIMIT = 2**31 - 2**24
+_INLINE_BYTES = 32 << 20  # of weights: more are mapped from a file, of which ONNX Runtime makes no copy to parse
 
 Feed = dict[str, np.ndarray]
 """One inference: input (or output) name -> array. Sequence outputs are lists of arrays."""
@@ -257,14 +254,15 @@ class Session:
         if isinstance(model, bytes):
             return bytes(model) + appendix
         try:
-            if not too_large(model):
+            if not _is_heavy(model):
                 content = model.to_bytes() if isinstance(model, Model) else model.SerializeToString()
                 return bytes(content) + appendix
-        except EncodeError:  # its weights are not where too_large counts them
+        except EncodeError:  # 2 GiB and more in places where weights are not counted
             pass
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="onnxslim-", ignore_cleanup_errors=True)
-            spill(model, Path(self._folder.name))
+            whole = load(model) if isinstance(model, onnx.ModelProto) else model
+            whole.save(Path(self._folder.name) / "model.onnx", external_data=True)
         path = Path(self._folder.name)
         (path / "session.onnx").write_bytes((path / "model.onnx").read_bytes() + appendix)
         return str(path / "session.onnx")
@@ -287,23 +285,16 @@ class Session:
         return [name for name in dict.fromkeys(outputs) if name not in declared]
 
 
-def too_large(model: Model | onnx.ModelProto) -> bool:
-    """Whether the model holds more weights than one protobuf message can, found without reading them."""
+def _is_heavy(model: Model | onnx.ModelProto) -> bool:
+    """Whether the model holds many weights, found without reading them."""
     if isinstance(model, Model):
-        return sum(tensor_nbytes(constant) for constant in model.constants()) >= _MESSAGE_LIMIT
+        return sum(tensor_nbytes(constant) for constant in model.constants()) > _INLINE_BYTES
     sizes = (
         np.prod(tensor.dims, dtype=np.float64) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         for tensor in model.graph.initializer
         if tensor.data_type not in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING)
     )
-    return bool(sum(sizes) >= _MESSAGE_LIMIT)
-
-
-def spill(model: Model | onnx.ModelProto, folder: Path) -> Path:
-    """Write a model into ``folder``, with external data beside it where one file cannot hold it; return its path."""
-    path = folder / "model.onnx"
-    load(model).save(path) if isinstance(model, onnx.ModelProto) else model.save(path)
-    return path
+    return bool(sum(sizes) > _INLINE_BYTES)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,3 +1,4 @@
+import gc
 import subprocess
 import sys
 import time
@@ -311,3 +312,24 @@ def test_an_initializer_that_does_not_fit_its_shape_is_named():
     proto.graph.initializer[0].dims[0] = 41
     with pytest.raises(ModelError, match="initializer 'w': its data does not fit its shape"):
         Session(load(proto.SerializeToString()), optimize=False)
+
+
+def test_a_model_of_many_weights_is_mapped_from_a_file_that_goes_with_the_session(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    weight = np.random.default_rng(0).normal(size=(1024, 9000)).astype(np.float32)  # 37 MB
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["m"]), helper.make_node("Relu", ["m"], ["y"])]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1024])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 9000])]
+    graph = helper.make_graph(nodes, "heavy", inputs, outputs, [numpy_helper.from_array(weight, "w")])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    x = np.ones((2, 1024), np.float32)
+    for source in (proto, load(proto)):
+        session = Session(source, outputs=["m", "y"])
+        (folder,) = tmp_path.iterdir()
+        assert (folder / "session.onnx").stat().st_size < 10_000
+        found = session.run({"x": x})
+        np.testing.assert_allclose(found["m"], x @ weight, rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(found["y"], np.maximum(found["m"], 0))
+        del session
+        gc.collect()
+        assert not list(tmp_path.iterdir())
