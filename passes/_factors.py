@@ -31,6 +31,8 @@ class Candidate:
         matrix: ``[O, K]``, a Gemm's alpha multiplied in.
         layer: None where there are no statistics for its layout (constant left side, transposed input).
         rows: how many rows it is applied to in one inference.
+        each: what one element of its weight costs.
+        overhead: what a second node costs, whatever it computes.
         spectrum: of its output.
         mean: of its inputs, ``[K]``; None without data.
     """
@@ -40,6 +42,8 @@ class Candidate:
     matrix: FloatArray
     layer: LinearLayer | None
     rows: int = 1
+    each: float = 1.0
+    overhead: float = 0.0
     spectrum: Spectrum | None = None
     mean: FloatArray | None = None
 

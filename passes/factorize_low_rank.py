@@ -18,6 +18,7 @@ from pydantic import Field
 from onnxslim.bodies import bodies
 from onnxslim.graph.shapes import infer_shapes
 from onnxslim.graph.walk import drop_value_info, hoist_constants
+from onnxslim.node_latency import node_latencies
 from onnxslim.passes._bias import add_to_bias, bias_of
 from onnxslim.passes._factors import Candidate, Factors, plain_matrix, replace_by_factors, set_product
 from onnxslim.passes._ranks import choose_ranks, spectrum
@@ -27,6 +28,7 @@ from onnxslim.passes.base import Context, Outcome, Pass
 
 if TYPE_CHECKING:
     from onnxslim.model import Model
+    from onnxslim.runtime import Feed
 
 __all__ = ["FactorizeLowRank"]
 
@@ -59,8 +61,10 @@ class FactorizeLowRank(Pass):
     keep: float = Field(
         0.5, gt=0.0, lt=1.0, description="share of the cost of all layers that could be factorised which may remain"
     )
-    cost: Literal["macs", "parameters"] = Field(
-        "macs", description="what the budget counts: multiply-accumulates (speed) or parameters (size)"
+    cost: Literal["macs", "parameters", "latency"] = Field(
+        "macs",
+        description="what the budget counts: multiply-accumulates, parameters (size), or the time that each layer takes"
+        " in ONNX Runtime on one thread of this machine",
     )
     energy: float | None = Field(
         None, gt=0.0, lt=1.0, description="instead of a budget: keep this share of the output variance of every layer"
@@ -169,8 +173,13 @@ class FactorizeLowRank(Pass):
             if dims is not None:
                 known = [size if isinstance(size, int) else 1 for size in dims]
                 candidate.rows = max(1, math.prod(known) // candidate.matrix.shape[0])
-            elif self.cost == "macs":
+            elif self.cost != "parameters":
                 outcome.refuse("macs", candidate.node.name, "the shape of its output is unknown: counted as one row")
+            candidate.each = 1.0 if self.cost == "parameters" else float(candidate.rows)
+        if self.cost == "latency" and feeds is not None:
+            _time(model, next(iter(feeds)), candidates)
+        elif self.cost == "latency":
+            outcome.refuse("latency", model.graph.name, "no time can be measured without calibration data: MACs count")
         if feeds is not None:
             for part in _parts([c for c in candidates if c.layer is not None and c.matrix.shape[1] <= WIDEST]):
                 batches = Split(feeds).fitting()
@@ -220,9 +229,9 @@ class FactorizeLowRank(Pass):
         for candidate, ranks in open_to:
             assert candidate.spectrum is not None
             outputs, inputs = candidate.matrix.shape
-            each = candidate.rows if self.cost == "macs" else 1
+            each, more = candidate.each, candidate.overhead
             errors.append([*(candidate.spectrum.error(rank) for rank in ranks), 0.0])
-            costs.append([*(float(each * rank * (outputs + inputs)) for rank in ranks), float(each * outputs * inputs)])
+            costs.append([*(each * rank * (outputs + inputs) + more for rank in ranks), each * outputs * inputs])
         whole = sum(cost[-1] for cost in costs)
         if self.energy is not None:
             choice = [next(i for i, e in enumerate(error) if e <= 1 - self.energy) for error in errors]
@@ -383,6 +392,14 @@ def _take_moments(candidate: Candidate, moments: Moments) -> None:
     metric = moments.covariance if centred else moments.second
     candidate.spectrum = spectrum(candidate.matrix, metric[0], _damping(moments))
     candidate.mean = moments.mean[0] if centred else None
+
+
+def _time(model: Model, feed: Feed, candidates: list[Candidate]) -> None:
+    """Charge layers with the time that they take, and a second node with that of the least kernel."""
+    spent = node_latencies(model, feed)
+    for candidate in candidates:
+        candidate.each = spent.get(id(candidate.node), 0.0) / candidate.matrix.size
+        candidate.overhead = min((time for time in spent.values() if time > 0), default=0.0)
 
 
 def _parts(candidates: list[Candidate]) -> Iterator[list[Candidate]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 from test_quantize_static import Builder, images
 
@@ -10,6 +11,7 @@ from onnxslim import load
 from onnxslim.data import open_dataset
 from onnxslim.node_latency import node_latencies
 from onnxslim.passes.base import Context
+from onnxslim.passes.factorize_low_rank import FactorizeLowRank
 from onnxslim.passes.prune_channels import PruneChannels
 from onnxslim.runtime import Session
 
@@ -88,3 +90,30 @@ def test_without_data_macs_are_counted_and_the_reason_is_given():
     assert any("no time can be measured without calibration data" in refusal.why for refusal in outcomes[0].refusals)
     assert outcomes[0].changes == outcomes[1].changes
     assert models[0].to_bytes() == models[1].to_bytes()
+
+
+def test_ranks_are_shared_out_by_time_and_what_it_costs_to_run_a_second_node(monkeypatch):
+    rng = np.random.default_rng(0)
+    b = Builder(seed=5)
+    for index in range(3):
+        narrow = rng.normal(size=(96, 24)) @ rng.normal(size=(24, 96)) / 48 + rng.normal(size=(96, 96)) / 60
+        b.node(
+            "MatMul", ["x" if not index else f"r{index - 1}", b.constant(f"w{index}", narrow.astype("f4"))], f"m{index}"
+        )
+        b.node("Relu", [f"m{index}"], f"r{index}")
+    proto = b.model({"x": ["n", 96]}, {"r2": ["n", 96]})
+    feeds = [{"x": rng.normal(size=(16, 96)).astype(np.float32)} for _ in range(16)]
+
+    def split(times: dict[str, float]) -> set[str]:
+        model = load(proto)
+        monkeypatch.setattr(
+            "onnxslim.passes.factorize_low_rank.node_latencies",
+            lambda model, feed: {id(node): times.get(node.name, 0.0) for node in model.graph.nodes},
+        )
+        data = open_dataset(feeds, Session(model).specs)
+        outcome = FactorizeLowRank(cost="latency", keep=0.7).run(model, Context(calibration=data))
+        return {change.node for change in outcome.changes if change.rule == "low-rank"}
+
+    assert split({"m0": 10.0, "m1": 1000.0, "m2": 10.0}) == {"m1"}
+    # A second node costs as much as the least kernel: nothing can be gained by two of them.
+    assert not split({"m0": 10.0, "m1": 10.0, "m2": 10.0})
