@@ -417,21 +417,29 @@ class Quantizer:
         return plans
 
     def _store_kept(self, judge: Judge, split: _Split, plan: _Plan) -> None:
-        """Round the weights of layers that stay float to what int8 can store, unless that costs too much."""
+        """Round the weights of layers that stay float to what int8 can store, but for those where it costs too much.
+
+        Those are sought among the layers that add most error, which come first in ``kept``.
+        """
         nodes = [node for node in self.model.graph.nodes if is_one_of(self.kept, node)]
         rounded = round_stored(self.model, nodes, split.fit(), seed=self.context.seed)
-        trial = replace(self, model=self.model.copy())
-        trial._put(rounded)
-        stored = trial._emitted(plan)
-        quantize_stored_weights(stored, lambda node: not is_one_of(self.kept, node), Outcome())
-        if judge.error(stored) > max(_NEAR * plan.error, _SMALL_ERROR):
+        for count in (0, *(count for count in _COUNTS if count < len(self.kept))):
+            self.precise = self.kept[:count]
+            stored = {name: codes for name, codes in rounded.items() if name not in self.precise}
+            trial = replace(self, model=self.model.copy())
+            trial._put(stored)
+            made = trial._emitted(plan)
+            quantize_stored_weights(made, lambda node: not is_one_of(self.kept[count:], node), Outcome())  # noqa: B023
+            if judge.error(made) <= max(_NEAR * plan.error, _SMALL_ERROR):
+                break
+        else:
             self.precise = self.kept
             return
-        weights = {node.outputs[0].name: (node, np.asarray(node.inputs[1].values, np.float32)) for node in nodes}
-        for name, codes in rounded.items():
-            node, weight = weights[name]
-            self.on_grid[name] = StoredCodes.of(codes, weight, weight_axis(node))
-        self._put(rounded)
+        for node in nodes:
+            name = node.outputs[0].name
+            if name in stored:
+                self.on_grid[name] = StoredCodes.of(stored[name], _weight(node), weight_axis(node))
+        self._put(stored)
 
     def _put(self, rounded: dict[str, WeightCodes]) -> None:
         """Give layers the weights that codes stand for, but for those that others share."""

@@ -34,7 +34,7 @@ __all__ = ["QuantizeStatic"]
 _OPSET = 13  # the first with per-channel DequantizeLinear
 _BROADCAST_OPSET = 7  # the first in which Mul broadcasts as stored weights need it
 _KEPT_BYTES = 16 << 20  # of calibration data: read once up to here
-_MOST_KEPT = 8
+_FIRST_KEPT, _MOST_KEPT = 2, 32
 _AS_FAST = 0.98  # times float's speed: less than this is more than noise
 _TIMING_SECONDS = 4.0
 
@@ -191,10 +191,10 @@ class QuantizeStatic(Pass):
         return () if self.plan is None else (record_of(self.plan),)
 
     def weaker(self) -> QuantizeStatic | None:
-        """The same with the layers that add most error in float: 2, 4, then 8 of them; a plan stays what it is."""
+        """The same with the layers that add most error in float: 2, 8, then 32 of them; a plan stays what it is."""
         if self.plan is not None:
             return None
-        kept = 2 if self.keep_float == "auto" else max(2, 2 * self.keep_float)
+        kept = _FIRST_KEPT if self.keep_float == "auto" else max(_FIRST_KEPT, 4 * self.keep_float)
         return self.model_copy(update={"keep_float": kept}) if kept <= _MOST_KEPT else None
 
 
