@@ -76,13 +76,13 @@ def bodies(
                 refuse(title, f"stays as it is: a Scan of opset {model.opset} runs over batches of sequences")
                 continue
             around = model.copy() if calibration is not None else None
-            carried = _carried(node, body)
+            carried = [tensor.name for tensor in _carried(node, body)]
             border.close()
             try:
                 feeds = None
                 if around is not None and calibration is not None:
                     try:
-                        runs = _RUNS[node.op](node, label, model.around(body), len(border.own))
+                        runs = _RUNS[node.op](node, label, model.around(body), len(border.own), carried)
                         feeds = _feeds(_BodyFeeds(around, node, border.inputs, calibration, runs))
                     except ModelError as error:
                         if node.op == "If":
@@ -92,7 +92,7 @@ def bodies(
                     if feeds is None:
                         refuse(title, "stays as it is: the calibration data never enters it")
                         continue
-                yield Body(model.around(body), feeds, tuple(tensor.name for tensor in carried))
+                yield Body(model.around(body), feeds, tuple(carried))
             finally:
                 border.open()
 
@@ -179,7 +179,7 @@ Values = dict[str, Any]
 Runs = Callable[[Values], Iterator[Feed]]
 
 
-def _if_runs(node: gs.Node, label: str, body: Model, own: int) -> Runs:
+def _if_runs(node: gs.Node, label: str, body: Model, own: int, carried: list[str]) -> Runs:
     """A branch gets nothing but what it reads, where the condition is its own."""
 
     def runs(values: Values) -> Iterator[Feed]:
@@ -189,12 +189,12 @@ def _if_runs(node: gs.Node, label: str, body: Model, own: int) -> Runs:
     return runs
 
 
-def _loop_runs(node: gs.Node, label: str, body: Model, own: int) -> Runs:
+def _loop_runs(node: gs.Node, label: str, body: Model, own: int, carried: list[str]) -> Runs:
     """The body of a Loop gets the number of the iteration, the condition, and what the one before has made."""
     session = Session(body.copy())
     inputs = list(body.graph.inputs[:own])
     names = [tensor.name for tensor in inputs]
-    made = [tensor.name for tensor in body.graph.outputs[: own - 1]]
+    condition = body.graph.outputs[0].name
 
     def runs(values: Values) -> Iterator[Feed]:
         given = [None if tensor.is_empty() else values[tensor.name] for tensor in node.inputs[:2]]
@@ -208,19 +208,18 @@ def _loop_runs(node: gs.Node, label: str, body: Model, own: int) -> Runs:
             shaped = [value.reshape([1] * _rank(tensor)) for value, tensor in zip(first, inputs, strict=False)]
             feed = dict(zip(names, [*shaped, *state], strict=True))
             yield feed
-            found = session.run({**feed, **{name: values[name] for name in session.inputs if name not in feed}})
-            going, state = bool(np.all(found[made[0]])), [found[name] for name in made[1:]]
+            found = _run(session, feed, values)
+            going, state = bool(np.all(found[condition])), [found[name] for name in carried]
 
     return runs
 
 
-def _scan_runs(node: gs.Node, label: str, body: Model, own: int) -> Runs:
+def _scan_runs(node: gs.Node, label: str, body: Model, own: int, carried: list[str]) -> Runs:
     """The body of a Scan gets what the iteration before has made, and a slice of each of the last inputs."""
     session = Session(body.copy())
     count = int(node.attrs["num_scan_inputs"])
     names = [tensor.name for tensor in body.graph.inputs[:own]]
     states = own - count
-    made = [tensor.name for tensor in body.graph.outputs[:states]]
     axes = list(node.attrs.get("scan_input_axes", [0] * count))
     backwards = list(node.attrs.get("scan_input_directions", [0] * count))
 
@@ -235,10 +234,15 @@ def _scan_runs(node: gs.Node, label: str, body: Model, own: int) -> Runs:
             feed = dict(zip(names, [*state, *slices], strict=True))
             yield feed
             if states:
-                found = session.run({**feed, **{name: values[name] for name in session.inputs if name not in feed}})
-                state = [found[name] for name in made]
+                found = _run(session, feed, values)
+                state = [found[name] for name in carried]
 
     return runs
+
+
+def _run(session: Session, own: Feed, values: Values) -> Feed:
+    """Run a body on its own inputs and on what it reads of the graphs around it."""
+    return session.run({**{name: values[name] for name in session.inputs if name not in own}, **own})
 
 
 _RUNS = {"If": _if_runs, "Loop": _loop_runs, "Scan": _scan_runs}

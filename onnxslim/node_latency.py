@@ -34,9 +34,9 @@ _EVENT = "_kernel_time"
 class _Profiled(Session):
     """A session that writes down when each kernel ran."""
 
-    def __init__(self, model: Model, threads: int, folder: Path) -> None:
+    def __init__(self, model: Model, folder: Path) -> None:
         self._prefix = str(folder / "profile")
-        super().__init__(model, threads=threads)
+        super().__init__(model, threads=1)
 
     def _options(self, *, optimize: bool) -> Any:
         options = super()._options(optimize=optimize)
@@ -50,15 +50,14 @@ class _Profiled(Session):
         return events
 
 
-def node_latencies(model: Model, feed: Mapping[str, np.ndarray], *, threads: int = 1) -> dict[int, float]:
-    """Mean time of the nodes of the main graph in one inference, in microseconds, by ``id`` of the node.
+def node_latencies(model: Model, feed: Mapping[str, np.ndarray]) -> dict[int, float]:
+    """Mean time of the nodes of the main graph in one inference on one thread, in microseconds, by ``id`` of the node.
 
     Nodes that take no time of their own, because they were folded or fused into others, are left out.
 
     Args:
         model: not changed.
         feed: what to run.
-        threads: threads inside one operator.
 
     Raises:
         ModelError: the model does not run on the feed.
@@ -74,7 +73,7 @@ def node_latencies(model: Model, feed: Mapping[str, np.ndarray], *, threads: int
             elif tensor.name:
                 tensor.name = f"node{index}.{slot}"
     with tempfile.TemporaryDirectory(prefix="onnxslim-", ignore_cleanup_errors=True) as folder:
-        session = _Profiled(labelled, threads, Path(folder))
+        session = _Profiled(labelled, Path(folder))
         started, runs = time.perf_counter(), 0
         while runs <= _LEAST_RUNS or (runs <= _MOST_RUNS and time.perf_counter() - started < _SECONDS):
             session.run(feed)
@@ -86,11 +85,12 @@ def node_latencies(model: Model, feed: Mapping[str, np.ndarray], *, threads: int
         if event.get("cat") == "Node" and name.endswith(_EVENT):
             key = name.removesuffix(_EVENT), str(event["args"].get("op_name", ""))
             times.setdefault(key, []).append(float(event["dur"]))
+    places = {id(node): place for place, node in enumerate(labelled.graph.nodes)}
     found: dict[int, float] = {}
     for (name, op), durations in times.items():
         label = _labelled(name, number)
         if label is not None:
-            node = model.graph.nodes[_computing(labelled.graph, label, op)]
+            node = model.graph.nodes[places[id(_computing(labelled.graph.nodes[label], op, places))]]
             # The first run lays out weights. A node inside of a loop runs more often than the model.
             spent = sum(durations[len(durations) // runs :]) / max(runs - 1, 1)
             found[id(node)] = found.get(id(node), 0.0) + spent
@@ -105,15 +105,14 @@ def _labelled(name: str, number: Mapping[str, int]) -> int | None:
     return next((index for output, index in number.items() if name.startswith(output)), None)
 
 
-def _computing(graph: gs.Graph, index: int, op: str) -> int:
-    """The node, from this one backwards, whose operator a kernel has."""
-    places = {id(node): place for place, node in enumerate(graph.nodes)}
-    node = graph.nodes[index]
+def _computing(node: gs.Node, op: str, places: Mapping[int, int]) -> gs.Node:
+    """The node, from this one backwards among those of ``places``, whose operator a kernel has."""
+    at = node
     for _ in range(_FUSED):
-        if node.op in op:
-            return places[id(node)]
-        producers = [tensor.inputs[0] for tensor in node.inputs if tensor.inputs and id(tensor.inputs[0]) in places]
+        if at.op in op:
+            return at
+        producers = [tensor.inputs[0] for tensor in at.inputs if tensor.inputs and id(tensor.inputs[0]) in places]
         if not producers:
             break
-        node = next((each for each in producers if each.op in op), producers[0])
-    return index
+        at = next((each for each in producers if each.op in op), producers[0])
+    return node

@@ -17,7 +17,7 @@ from onnxslim.graph.walk import constant_value, is_graph_output
 if TYPE_CHECKING:
     from onnxslim.model import Model
 
-__all__ = ["add_to_bias", "bias_of"]
+__all__ = ["add_behind", "add_to_bias", "bias_of"]
 
 FloatArray = NDArray[np.float64]
 
@@ -59,16 +59,25 @@ def add_to_bias(model: Model, graph: gs.Graph, node: gs.Node, delta: FloatArray)
     return True
 
 
-def _add_behind(model: Model, graph: gs.Graph, node: gs.Node, delta: FloatArray, dtype: np.dtype) -> bool:
+def add_behind(graph: gs.Graph, node: gs.Node, outputs: int) -> tuple[gs.Node, int] | None:
+    """The Add of a constant vector that alone reads what ``node`` gives, and the input that is it; None without one."""
     out = node.outputs[0]
     user = out.outputs[0] if len(out.outputs) == 1 and not is_graph_output(graph, out) else None
-    if user is not None and user.op == "Add" and any(user is other for other in graph.nodes):
-        side = 1 if user.inputs[0] is out else 0
-        value = constant_value(user.inputs[side])
-        if value is not None and value.ndim and value.size == value.shape[-1] == len(delta):
-            moved = (value.astype(np.float64) + delta).astype(value.dtype)
-            user.inputs[side] = gs.Constant(model.fresh_name(user.inputs[side].name), moved)
-            return True
+    if user is None or user.op != "Add" or not any(user is other for other in graph.nodes):
+        return None
+    side = 1 if user.inputs[0] is out else 0
+    value = constant_value(user.inputs[side])
+    return (user, side) if value is not None and value.ndim and value.size == value.shape[-1] == outputs else None
+
+
+def _add_behind(model: Model, graph: gs.Graph, node: gs.Node, delta: FloatArray, dtype: np.dtype) -> bool:
+    out = node.outputs[0]
+    if (added := add_behind(graph, node, len(delta))) is not None:
+        user, side = added
+        value = np.asarray(constant_value(user.inputs[side]))
+        moved = (value.astype(np.float64) + delta).astype(value.dtype)
+        user.inputs[side] = gs.Constant(model.fresh_name(user.inputs[side].name), moved)
+        return True
     inner = gs.Variable(model.fresh_name(f"{out.name}_linear"))
     bias = gs.Constant(model.fresh_name(f"{node.name or out.name}.bias"), delta.astype(dtype))
     node.outputs[0] = inner

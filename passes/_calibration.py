@@ -15,6 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxslim.graph.walk import insert_early
 from onnxslim.runtime import Session
 
 if TYPE_CHECKING:
@@ -123,17 +124,11 @@ def observe(
     """
     steps = steps or {}
     watched = model.copy()
-    fetched: dict[str, list[str]] = {}
-    behind: dict[int, list[gs.Node]] = {}
-    for name, tensor in _by_name(watched.graph, names):
-        nodes = _fetch(watched, tensor, steps.get(name))
-        fetched[name] = [node.outputs[0].name for node in nodes if node.op != "Reshape"]
-        behind.setdefault(id(tensor.inputs[0]) if tensor.inputs else 0, []).extend(nodes)
-    # Right behind what makes the tensor: it is let go of before the next ones are made.
-    nodes = behind.get(0, [])
-    for node in watched.graph.nodes:
-        nodes += [node, *behind.get(id(node), [])]
-    watched.graph.nodes = nodes
+    watching = {name: _fetch(watched, tensor, steps.get(name)) for name, tensor in _by_name(watched.graph, names)}
+    insert_early(watched.graph, [node for nodes in watching.values() for node in nodes])
+    fetched = {
+        name: [node.outputs[0].name for node in nodes if node.op != "Reshape"] for name, nodes in watching.items()
+    }
     session = Session(watched, outputs=[result for results in fetched.values() for result in results])
     seen = {name: Observed() for name in names}
     for feed in feeds:

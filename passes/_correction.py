@@ -16,6 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxslim.graph.walk import insert_early
 from onnxslim.passes._qdq import channel_mean
 from onnxslim.runtime import Session
 
@@ -45,11 +46,13 @@ def corrections(
         feeds: a few large ones rather than many small ones: means are matched within each.
     """
     means: dict[str, str] = {}
+    measuring: list[gs.Node] = []
     for name in probes:
         anchor = placement.anchors[name]
         result = gs.Variable(teacher.fresh_name(f"{name}_mean"), np.float32)
-        teacher.graph.nodes.append(channel_mean(teacher, anchor, anchor.node.outputs[0], result))
+        measuring.append(channel_mean(teacher, anchor, anchor.node.outputs[0], result))
         means[name] = result.name
+    insert_early(teacher.graph, measuring)
     float_session = Session(teacher, outputs=list(means.values()))
     int8_session = Session(probed, outputs=[delta for _, delta in probes.values()])
     sums: dict[str, FloatArray] = {}
@@ -112,16 +115,20 @@ class Judge:
         for feed, answer in self.answers:
             got = session.run(feed)
             for name, value in answer.items():
-                if got[name].shape == value.shape and value.dtype.kind != "f":
-                    noise[name] = noise.get(name, 0.0) + float((got[name] != value).sum())
-                    signal[name] = signal.get(name, 0.0) + float(value.size)
-                elif got[name].shape == value.shape:
-                    true, found = (self._seen(name, one) for one in (value, got[name]))
-                    finite = np.isfinite(true)
-                    noise[name] = noise.get(name, 0.0) + float(np.square(found[finite] - true[finite]).sum())
-                    signal[name] = signal.get(name, 0.0) + float(np.square(true[finite]).sum())
+                if got[name].shape == value.shape:
+                    off, all_of_it = self._compared(name, value, got[name])
+                    noise[name] = noise.get(name, 0.0) + off
+                    signal[name] = signal.get(name, 0.0) + all_of_it
         ratios = [noise[name] / max(signal[name], 1e-30) for name in noise]
         return float(np.mean(ratios)) if ratios else float("inf")
+
+    def _compared(self, name: str, value: np.ndarray, got: np.ndarray) -> tuple[float, float]:
+        """Noise and signal of one output: squares of numbers, counts of decisions."""
+        if not _is_float(value):
+            return float((got != value).sum()), float(value.size)
+        true, found = (self._seen(name, one) for one in (value, got))
+        finite = np.isfinite(true)
+        return float(np.square(found[finite] - true[finite]).sum()), float(np.square(true[finite]).sum())
 
     def _seen(self, name: str, value: np.ndarray) -> FloatArray:
         """What is compared of an output."""

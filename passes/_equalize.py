@@ -23,7 +23,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxslim.graph.walk import is_graph_output
+from onnxslim.graph.walk import insert_early, is_graph_output
+from onnxslim.passes._bias import add_behind, add_to_bias, bias_of
 from onnxslim.passes._placement import Placement
 from onnxslim.passes._qdq import CODE_LIMIT, LEVELS
 from onnxslim.passes._statistics import LinearLayer, linear_layer
@@ -32,7 +33,7 @@ from onnxslim.runtime import Session
 if TYPE_CHECKING:
     from onnxslim.model import Model
 
-__all__ = ["Equalization", "apply_equalizations", "find_equalizations"]
+__all__ = ["Equalization", "apply_equalizations", "find_equalizations", "single"]
 
 FloatArray = NDArray[np.float64]
 Feed = dict[str, np.ndarray]
@@ -91,6 +92,11 @@ class _Site:
         return np.asarray(layer.rows_of(values).reshape(groups, outputs, self.channels // groups, -1))
 
 
+def single(values: FloatArray) -> FloatArray:
+    """Numbers that float32 holds: what is stored in a plan is the same afterwards."""
+    return np.asarray(values.astype(np.float32), np.float64)
+
+
 def find_equalizations(
     model: Model, placement: Placement, feeds: Iterable[Feed], *, symmetric: bool
 ) -> list[Equalization]:
@@ -134,7 +140,7 @@ def _sites(model: Model, placement: Placement) -> Iterator[_Site]:
         site = _Site(tensor, layers, channels, anchors[id(nodes[0])].rank if first.spatial else None)
         shared = len(nodes) < len(tensor.outputs) or is_graph_output(model.graph, tensor)
         if not shared and _trace(site, model.graph):
-            if any(_bias(layer, model.graph) is None for layer in layers):
+            if not all(_takes_shift(layer, model.graph) for layer in layers):
                 site.offset = None
             yield site
         elif not first.spatial and tensor.name in placement.fed:
@@ -186,6 +192,20 @@ def _layer_factors(site: _Site, node: gs.Node) -> bool:
         return False
     if layer.shape[0] * layer.shape[1] != site.channels:
         return False
+    return _parameters(site, node)
+
+
+def _norm_factors(site: _Site, node: gs.Node) -> bool:
+    """Of a LayerNormalization over the last axis alone."""
+    if site.rank is not None or int(node.attrs.get("axis", -1)) != -1 or not _own(node, 1):
+        return False
+    if list(node.inputs[1].shape) != [site.channels]:
+        return False
+    return _parameters(site, node)
+
+
+def _parameters(site: _Site, node: gs.Node) -> bool:
+    """Take the weight of a node, and its bias, which may be missing; False where something else reads that."""
     site.factors.append((node, 1))
     if node.op != "MatMul":
         if len(node.inputs) > 2 and not node.inputs[2].is_empty():
@@ -196,21 +216,6 @@ def _layer_factors(site: _Site, node: gs.Node) -> bool:
     return True
 
 
-def _norm_factors(site: _Site, node: gs.Node) -> bool:
-    """Of a LayerNormalization over the last axis alone."""
-    if site.rank is not None or int(node.attrs.get("axis", -1)) != -1 or not _own(node, 1):
-        return False
-    if list(node.inputs[1].shape) != [site.channels]:
-        return False
-    site.factors.append((node, 1))
-    if len(node.inputs) > 2 and not node.inputs[2].is_empty():
-        if not _own(node, 2):
-            return False
-        site.factors.append((node, 2))
-    site.offset = site.offset or (node, 2)
-    return True
-
-
 def _is_vector(site: _Site, tensor: gs.Constant) -> bool:
     """Whether a constant has one number for each channel, along their axis."""
     trailing = 0 if site.rank is None else site.rank - 2
@@ -218,23 +223,14 @@ def _is_vector(site: _Site, tensor: gs.Constant) -> bool:
     return shape[-(trailing + 1) :] == (site.channels, *[1] * trailing) and int(np.prod(shape)) == site.channels
 
 
-def _bias(layer: LinearLayer, graph: gs.Graph) -> tuple[gs.Node, int] | None:
-    """Where a constant can be added to what a reader gives for a shifted input; None: nowhere, or not everywhere."""
-    node = layer.node
-    if layer.spatial:
-        if isinstance(layer.pads, str) or any(layer.pads):
-            return None  # padding is zero, not the shift
-    elif node.op == "MatMul":
-        output = node.outputs[0]
-        after = output.outputs[0] if len(output.outputs) == 1 and not is_graph_output(graph, output) else None
-        if after is None or after.op != "Add" or after.domain:
-            return None
-        slot = 1 if after.inputs[0] is output else 0
-        fits = _own(after, slot) and list(after.inputs[slot].shape) == [layer.shape[1]]
-        return (after, slot) if fits else None
-    if len(node.inputs) > 2 and not node.inputs[2].is_empty() and not _own(node, 2):
-        return None
-    return node, 2
+def _takes_shift(layer: LinearLayer, graph: gs.Graph) -> bool:
+    """Whether a constant can be added to what a reader gives for a shifted input, without a node of its own."""
+    node, outputs = layer.node, layer.shape[0] * layer.shape[1]
+    if layer.spatial and (isinstance(layer.pads, str) or any(layer.pads)):
+        return False  # padding is zero, not the shift
+    if node.op == "MatMul":
+        return add_behind(graph, node, outputs) is not None
+    return bias_of(node, outputs) is not None
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
@@ -246,9 +242,11 @@ def _statistics(
     """The least and largest value, the mean and the mean square of each channel, by name of the tensor."""
     tensors = {tensor.name: tensor for tensor in model.graph.inputs}
     tensors |= {tensor.name: tensor for node in model.graph.nodes for tensor in node.outputs}
-    fetched = {site.tensor.name: _fetch(model, site, tensors[site.tensor.name]) for site in sites}
-    if not fetched:
+    watching = {site.tensor.name: _fetch(model, site, tensors[site.tensor.name]) for site in sites}
+    if not watching:
         return {}
+    insert_early(model.graph, [node for nodes in watching.values() for node in nodes])
+    fetched = {name: [node.outputs[0].name for node in nodes[-4:]] for name, nodes in watching.items()}
     session = Session(model, outputs=[name for names in fetched.values() for name in names])
     parts: dict[str, list[FloatArray]] = {name: [] for name in fetched}
     for feed in feeds:
@@ -262,18 +260,18 @@ def _statistics(
     }
 
 
-def _fetch(model: Model, site: _Site, tensor: gs.Tensor) -> list[str]:
-    """Add what is fetched of a tensor."""
-    graph, names = model.graph, []
+def _fetch(model: Model, site: _Site, tensor: gs.Tensor) -> list[gs.Node]:
+    """What is fetched of a tensor: the results of the last four nodes."""
+    nodes: list[gs.Node] = []
     if site.rank is None:
         shape = gs.Constant(model.fresh_name("rows"), np.array([-1, site.channels], np.int64))
         rows = gs.Variable(model.fresh_name(f"{tensor.name}_rows"), np.float32)
-        graph.nodes.append(gs.Node("Reshape", rows.name, inputs=[tensor, shape], outputs=[rows]))
+        nodes.append(gs.Node("Reshape", rows.name, inputs=[tensor, shape], outputs=[rows]))
         tensor, axes = rows, [0]
     else:
         axes = [axis for axis in range(site.rank) if axis != 1]
     square = gs.Variable(model.fresh_name(f"{tensor.name}_square"), np.float32)
-    graph.nodes.append(gs.Node("Mul", square.name, inputs=[tensor, tensor], outputs=[square]))
+    nodes.append(gs.Node("Mul", square.name, inputs=[tensor, tensor], outputs=[square]))
     for op, source in (("ReduceMin", tensor), ("ReduceMax", tensor), ("ReduceMean", tensor), ("ReduceMean", square)):
         result = gs.Variable(model.fresh_name(f"{tensor.name}_{op}"), np.float32)
         node = gs.Node(op, result.name, {"keepdims": 0}, inputs=[source], outputs=[result])
@@ -281,9 +279,8 @@ def _fetch(model: Model, site: _Site, tensor: gs.Tensor) -> list[str]:
             node.attrs["axes"] = axes
         else:
             node.inputs.append(gs.Constant(model.fresh_name(f"{result.name}_axes"), np.array(axes, np.int64)))
-        graph.nodes.append(node)
-        names.append(result.name)
-    return names
+        nodes.append(node)
+    return nodes
 
 
 # --------------------------------------------------------------------------------------------------------------- choice
@@ -320,7 +317,7 @@ def _shift(site: _Site, low: FloatArray, high: FloatArray) -> FloatArray | None:
         return None
     # What lies below the shift is lost in a Relu: what other data may hold is left out.
     shift = np.maximum(low - (high - low) / 2, 0.0) if site.floor else (low + high) / 2
-    return np.asarray(shift.astype(np.float32), np.float64)
+    return single(shift)
 
 
 def _scales(weights: list[FloatArray], largest: FloatArray) -> Iterator[FloatArray]:
@@ -334,7 +331,7 @@ def _scales(weights: list[FloatArray], largest: FloatArray) -> Iterator[FloatArr
     for alpha in _ALPHAS:
         scale = reach**alpha / heaviest ** (1 - alpha)
         scale *= float((reach / scale).max()) / most
-        yield scale.astype(np.float32).astype(np.float64)
+        yield single(scale)
 
 
 def _noise(
@@ -382,9 +379,8 @@ def _apply(model: Model, site: _Site, chosen: Equalization) -> None:
     for layer in site.readers:
         weight = site.columns(layer)
         if chosen.shift.any():
-            bias = _bias(layer, model.graph)
-            assert bias is not None
-            _add(model, *bias, (weight.sum(axis=3) @ chosen.shift.reshape(weight.shape[0], -1, 1)).reshape(-1))
+            moved = weight.sum(axis=3) @ chosen.shift.reshape(weight.shape[0], -1, 1)
+            add_to_bias(model, model.graph, layer.node, moved.reshape(-1))
         weight = weight * chosen.scale.reshape(weight.shape[0], 1, -1, 1)
         _replace(model, layer.node, 1, layer.stored_as(weight.reshape(layer.shape)))
 
@@ -393,19 +389,16 @@ def _insert(model: Model, site: _Site, scale: FloatArray) -> None:
     """Divide in front of the readers."""
     factor = gs.Constant(model.fresh_name(f"{site.tensor.name}_e"), (1 / scale).astype(np.float32))
     result = gs.Variable(model.fresh_name(f"{site.tensor.name}_equalized"), np.float32, site.tensor.shape)
-    nodes = model.graph.nodes
-    place = min(nodes.index(layer.node) for layer in site.readers)
     for layer in site.readers:
         layer.node.inputs[0] = result
-    nodes.insert(place, gs.Node("Mul", result.name, inputs=[site.tensor, factor], outputs=[result]))
+    insert_early(model.graph, [gs.Node("Mul", result.name, inputs=[site.tensor, factor], outputs=[result])])
 
 
 def _add(model: Model, node: gs.Node, slot: int, values: FloatArray) -> None:
-    """Add to a constant that is added, which may be missing."""
+    """Add to a vector that is added, which may be missing."""
     if len(node.inputs) > slot and not node.inputs[slot].is_empty():
         old = np.asarray(node.inputs[slot].values, np.float64)
-        shape = old.shape if old.size == values.size else values.shape
-        _replace(model, node, slot, np.asarray(old + values.reshape(shape)).reshape(shape))
+        _replace(model, node, slot, old + values.reshape(old.shape))
         return
     constant = gs.Constant(model.fresh_name(f"{node.outputs[0].name}_b"), values.astype(np.float32))
     if len(node.inputs) > slot:

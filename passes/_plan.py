@@ -186,9 +186,9 @@ def weights_digest(graph: gs.Graph) -> str:
     for node in graph.nodes:
         weight = node.inputs[1] if node.op in ANCHORS and len(node.inputs) > 1 else None
         if isinstance(weight, gs.Constant) and node.outputs:
-            values = np.ascontiguousarray(weight.values)
+            values = np.asarray(weight.values)
             digest.update(json.dumps([node.outputs[0].name, node.op, list(values.shape)]).encode())
-            digest.update(values.tobytes())
+            digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:32]
 
 

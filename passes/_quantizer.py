@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from onnxslim.graph.shapes import Shapes, infer_shapes
 from onnxslim.graph.walk import drop_value_info
 from onnxslim.passes._calibration import Method, Observed, choose_range, draw_steps, observe
 from onnxslim.passes._correction import Judge, corrections
-from onnxslim.passes._equalize import Equalization, apply_equalizations, find_equalizations
+from onnxslim.passes._equalize import Equalization, apply_equalizations, find_equalizations, single
 from onnxslim.passes._placement import ANCHORS, Anchor, Placement, anchor_obstacle, matches, weight_axis
 from onnxslim.passes._plan import EqualizedTensor, GraphPlan, StoredArray, StoredCodes, TensorPlan, weights_digest
 from onnxslim.passes._qdq import (
@@ -343,7 +343,8 @@ class Quantizer:
         if len(methods) == 1 and not any(judged):
             return _Plan(self._ranges(methods[0]))
         judge = self._judge(split.held())
-        plans = self._leave(judge, self._equalized(judge, split, self._judged(judge, methods)))
+        plans = self._judged(judge, {method: self._ranges(method) for method in methods})
+        plans = self._leave(judge, self._equalized(judge, split, plans))
         self.context.progress(75, 100)
         # Corrections may turn the order of two methods round, but not where one is far worse.
         least = _least(plans)
@@ -366,9 +367,9 @@ class Quantizer:
                 self.outcome.refuse(rule, "model", why)
         return best
 
-    def _judged(self, judge: Judge, methods: Iterable[Method]) -> dict[Method, _Plan]:
+    def _judged(self, judge: Judge, ranges: Mapping[Method, dict[str, tuple[float, float]]]) -> dict[Method, _Plan]:
         """A plan for each method, and its error."""
-        plans = {method: _Plan(self._ranges(method)) for method in methods}
+        plans = {method: _Plan(chosen) for method, chosen in ranges.items()}
         for plan in plans.values():
             plan.error = judge.error(self._emitted(plan))
         return plans
@@ -388,7 +389,7 @@ class Quantizer:
         trial._observe(split.data, *trial._anchors(trial.model, None))
         # What is not read any more is needed to place the same again.
         trial.observed = self.observed | trial.observed
-        tried = trial._judged(judge, plans)
+        tried = trial._judged(judge, {method: trial._ranges(method) for method in plans})
         if _least(tried) > _PAYS_OFF * before:
             why = f"the output error on held-back samples would be {_least(tried):.3g}, not {before:.3g}"
             self.outcome.refuse("equalization", "model", why)
@@ -403,11 +404,12 @@ class Quantizer:
         wanted = self.options.keep_float
         if wanted == 0 or (wanted == "auto" and _least(plans) < _LARGE_ERROR):
             return plans
+        ranges = {method: plan.ranges for method, plan in plans.items()}
         best = min(plans.values(), key=lambda plan: plan.error)
         ranked = self._ranked(judge.strictest(_SENSITIVITY_FEEDS, self._emitted(best)))
         for count in _COUNTS if wanted == "auto" else (wanted,):
             before, self.kept = self.kept, ranked[:count]
-            tried = self._judged(judge, plans)
+            tried = self._judged(judge, ranges)
             if wanted != "auto" or _least(tried) <= _CLEARLY * _least(plans):
                 plans = tried
             else:
@@ -421,25 +423,25 @@ class Quantizer:
 
         Those are sought among the layers that add most error, which come first in ``kept``.
         """
-        nodes = [node for node in self.model.graph.nodes if is_one_of(self.kept, node)]
-        rounded = round_stored(self.model, nodes, split.fit(), seed=self.context.seed)
-        for count in (0, *(count for count in _COUNTS if count < len(self.kept))):
-            self.precise = self.kept[:count]
-            stored = {name: codes for name, codes in rounded.items() if name not in self.precise}
-            trial = replace(self, model=self.model.copy())
-            trial._put(stored)
-            made = trial._emitted(plan)
-            quantize_stored_weights(made, lambda node: not is_one_of(self.kept[count:], node), Outcome())  # noqa: B023
-            if judge.error(made) <= max(_NEAR * plan.error, _SMALL_ERROR):
+        enough = max(_NEAR * plan.error, _SMALL_ERROR)
+        nodes = {node.outputs[0].name: node for node in self.model.graph.nodes if is_one_of(self.kept, node)}
+        rounded = round_stored(self.model, nodes.values(), split.fit, self._sizes(split), seed=self.context.seed)
+        for count in (*(count for count in (0, *_COUNTS) if count < len(self.kept)), len(self.kept)):
+            self.precise, stored = self.kept[:count], self.kept[count:]
+            codes = {name: rounded[name] for name in stored if name in rounded}
+            if not stored or judge.error(self._emitted_storing(plan, stored, codes)) <= enough:
                 break
-        else:
-            self.precise = self.kept
-            return
-        for node in nodes:
-            name = node.outputs[0].name
-            if name in stored:
-                self.on_grid[name] = StoredCodes.of(stored[name], _weight(node), weight_axis(node))
-        self._put(stored)
+        for name, chosen in codes.items():
+            self.on_grid[name] = StoredCodes.of(chosen, _weight(nodes[name]), weight_axis(nodes[name]))
+        self._put(codes)
+
+    def _emitted_storing(self, plan: _Plan, layers: Collection[str], codes: dict[str, WeightCodes]) -> Model:
+        """What is emitted, with the weights of some float layers stored in int8."""
+        trial = replace(self, model=self.model.copy())
+        trial._put(codes)
+        result = trial._emitted(plan)
+        quantize_stored_weights(result, lambda node: not is_one_of(layers, node), Outcome())
+        return result
 
     def _put(self, rounded: dict[str, WeightCodes]) -> None:
         """Give layers the weights that codes stand for, but for those that others share."""
@@ -455,11 +457,14 @@ class Quantizer:
             return plan
         emitter = self._emitter(self.model, self._place(self.model), plan)
         centred = self.options.bias_correction
-        sizes = {name: 4 * entry.elements * split.batch for name, entry in self.observed.items()}
-        rounded = reconstruct(emitter, split.fit, sizes, centred=centred, seed=self.context.seed)
+        rounded = reconstruct(emitter, split.fit, self._sizes(split), centred=centred, seed=self.context.seed)
         trial = _Plan(plan.ranges, rounded)
         trial.error = judge.error(self._emitted(trial))
         return min(plan, self._corrected(judge, split, trial), key=lambda plan: plan.error)
+
+    def _sizes(self, split: _Split) -> dict[str, int]:
+        """Bytes that a batch takes of each tensor."""
+        return {name: 4 * entry.elements * split.batch for name, entry in self.observed.items()}
 
     def _ranges(self, method: Method) -> _Ranges:
         return _Ranges(self.observed, method, self.options.percentile)
@@ -520,7 +525,7 @@ class Quantizer:
         emitter.emit()
         drop_value_info(probed)
         found = corrections(watched, self._place(watched), probed, emitter.probes, split.fit())
-        trial = replace(plan, corrections={name: _single(values) for name, values in found.items()})
+        trial = replace(plan, corrections={name: single(values) for name, values in found.items()})
         trial.error = judge.error(self._emitted(trial))
         return min(plan, trial, key=lambda plan: plan.error)
 
@@ -614,11 +619,6 @@ class _Progress:
 
 def _weight(node: gs.Node) -> NDArray[np.float32]:
     return np.asarray(node.inputs[1].values, np.float32)
-
-
-def _single(values: FloatArray) -> FloatArray:
-    """Numbers that float32 holds: a plan that is stored is the same afterwards."""
-    return np.asarray(values.astype(np.float32), np.float64)
 
 
 def _least(plans: dict[Method, _Plan]) -> float:

@@ -9,7 +9,7 @@ depthwise ones near the input do, hangs on this more than on the number of bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,29 +57,25 @@ def reconstruct(
         if layer is not None and layer.shape[2] <= _MOST_INPUTS:
             layers[name] = layer
     found: dict[str, WeightCodes] = {}
-    for part in _parts(layers, sizes):
-        moments = input_moments(emitter.model, [layers[name].node for name in part], feeds(), seed=seed)
-        shared: dict[int, Moments] = {}
-        for name in part:
-            key, seen = id(layers[name].weight), moments.pop(id(layers[name].node))
-            shared[key] = shared[key].merged(seen) if key in shared else seen
-        first: dict[int, WeightCodes] = {}  # a weight is stored once, whoever reads it
-        for name in part:
-            key = id(layers[name].weight)
-            if key not in first and key in shared and shared[key].count > 1:
-                anchor = emitter.placement.anchors[name]
-                first[key] = _rounded(emitter, anchor, layers[name], shared.pop(key), centred=centred)
-            if key in first:
-                found[name] = first[key]
+    for names, seen in _in_parts(emitter.model, layers, feeds, sizes, seed):
+        if seen.count > 1:  # a weight is stored once, whoever reads it
+            codes = _rounded(emitter, emitter.placement.anchors[names[0]], layers[names[0]], seen, centred=centred)
+            found |= dict.fromkeys(names, codes)
     return found
 
 
-def _parts(layers: dict[str, LinearLayer], sizes: Mapping[str, int]) -> list[list[str]]:
-    """The layers in parts that fit into memory together; those that share a weight in one."""
+def _in_parts(
+    model: Model,
+    layers: Mapping[str, LinearLayer],
+    feeds: Callable[[], Iterable[dict[str, np.ndarray]]],
+    sizes: Mapping[str, int],
+    seed: int,
+) -> Iterator[tuple[list[str], Moments]]:
+    """The layers that share a weight, and the moments of all that they read; as many at a time as memory holds."""
     groups: dict[int, list[str]] = {}
     for name, layer in layers.items():
         groups.setdefault(id(layer.weight), []).append(name)
-    parts: list[list[str]] = [[]]
+    parts: list[list[list[str]]] = [[]]
     held = 0
     for names in groups.values():
         blocks, _, inputs = layers[names[0]].shape
@@ -88,8 +84,14 @@ def _parts(layers: dict[str, LinearLayer], sizes: Mapping[str, int]) -> list[lis
             parts.append([])
             held = 0
         held += size
-        parts[-1] += names
-    return parts
+        parts[-1].append(names)
+    for part in parts:
+        moments = input_moments(model, [layers[name].node for names in part for name in names], feeds(), seed=seed)
+        for names in part:
+            seen, *others = (moments.pop(id(layers[name].node)) for name in names)
+            for other in others:
+                seen = seen.merged(other)
+            yield names, seen
 
 
 def _rounded(emitter: Emitter, anchor: Anchor, layer: LinearLayer, seen: Moments, *, centred: bool) -> WeightCodes:
@@ -104,18 +106,22 @@ def _rounded(emitter: Emitter, anchor: Anchor, layer: LinearLayer, seen: Moments
 
 
 def round_stored(
-    model: Model, nodes: Iterable[gs.Node], feeds: Iterable[dict[str, np.ndarray]], *, seed: int = 0
+    model: Model,
+    nodes: Iterable[gs.Node],
+    feeds: Callable[[], Iterable[dict[str, np.ndarray]]],
+    sizes: Mapping[str, int],
+    *,
+    seed: int = 0,
 ) -> dict[str, WeightCodes]:
-    """Return codes for the weights of layers that compute in float, by name of their output.
+    """Return codes for the weights of layers that compute in float, by name of their output; as for `reconstruct`.
 
     The largest weight of each channel keeps the largest code, so that the scale can be told from the rounded weight.
     """
-    layers = [layer for node in nodes if (layer := linear_layer(node)) is not None and layer.shape[2] <= _MOST_INPUTS]
+    linear = (layer for node in nodes if (layer := linear_layer(node)) is not None)
+    layers = {layer.output.name: layer for layer in linear if layer.shape[2] <= _MOST_INPUTS}
     found: dict[str, WeightCodes] = {}
-    moments = input_moments(model, [layer.node for layer in layers], feeds, seed=seed)
-    for layer in layers:
-        seen = moments.pop(id(layer.node))
-        metric = seen.second
+    for names, seen in _in_parts(model, layers, feeds, sizes, seed):
+        layer, metric = layers[names[0]], seen.second
         if seen.count < 2 or not np.isfinite(metric).all():
             continue
         weight = np.asarray(layer.weight.values, np.float32)
@@ -123,7 +129,7 @@ def round_stored(
         rows, largest = layer.rows_of(_codes(layer, plain, metric, pairs=False).codes), layer.rows_of(plain.codes)
         place = np.abs(layer.rows_of(weight)).argmax(axis=2, keepdims=True)
         np.put_along_axis(rows, place, np.take_along_axis(largest, place, axis=2), axis=2)
-        found[layer.output.name] = WeightCodes(layer.stored_as(rows), plain.scale)
+        found |= dict.fromkeys(names, WeightCodes(layer.stored_as(rows), plain.scale))
     return found
 
 

@@ -118,20 +118,24 @@ def _is_lookup(use: _Use) -> bool:
     )
 
 
-def _codes(values: FloatArray, shared: tuple[int, ...]) -> tuple[NDArray[np.int8], FloatArray]:
+def _fits_half(scale: FloatArray) -> bool:
+    """Whether scales are many enough, and of a size, to be stored in float16."""
+    return bool(2 * scale.size > _CAST and scale.min() >= _HALF_RANGE[0] and scale.max() <= _HALF_RANGE[1])
+
+
+def _codes(values: FloatArray, shared: tuple[int, ...], *, halved: bool = False) -> tuple[NDArray[np.int8], FloatArray]:
     largest = np.abs(values).max(axis=shared, keepdims=True)
     scale = np.where(largest > 0, largest / _LIMIT, 1.0).astype(np.float32)
-    if 2 * scale.size > _CAST and scale.min() >= _HALF_RANGE[0] and scale.max() <= _HALF_RANGE[1]:
+    if halved and _fits_half(scale):
         scale = scale.astype(np.float16).astype(np.float32)
     return np.clip(np.rint(values / scale), -_LIMIT, _LIMIT).astype(np.int8), scale
 
 
 def _stored_scale(model: Model, weight: gs.Constant, scale: FloatArray) -> tuple[gs.Tensor, list[gs.Node]]:
-    """The scales of a weight as float32, and the node that makes them so: float16 holds those of :func:`_codes`."""
-    half = scale.astype(np.float16)
-    if 2 * scale.size <= _CAST or not np.array_equal(half.astype(np.float32), scale):
+    """The scales of a weight as float32, and the node that makes them so of those that were halved."""
+    if not _fits_half(scale):
         return gs.Constant(model.fresh_name(f"{weight.name}_s"), scale), []
-    stored = gs.Constant(model.fresh_name(f"{weight.name}_h"), half)
+    stored = gs.Constant(model.fresh_name(f"{weight.name}_h"), scale.astype(np.float16))
     real = gs.Variable(model.fresh_name(f"{weight.name}_s"), np.float32, list(scale.shape))
     return real, [gs.Node("Cast", real.name, {"to": 1}, inputs=[stored], outputs=[real])]
 
@@ -157,7 +161,7 @@ def _quantize_weight(model: Model, home: gs.Graph, weight: gs.Constant, uses: li
     if values is None:
         return 0
     first = uses[0]
-    codes, scale = _codes(values, _shared_axes(first, values.ndim) or ())
+    codes, scale = _codes(values, _shared_axes(first, values.ndim) or (), halved=True)
     if not _saves(codes, scale):
         return 0
     stored = gs.Constant(model.fresh_name(f"{weight.name}_q"), codes)

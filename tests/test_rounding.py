@@ -117,7 +117,7 @@ def test_weights_of_float_layers_are_stored_as_what_their_layers_give_best() -> 
     model = load(b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 12]}))
     feeds = [{"x": feed["x"] + rng.normal(size=(1, 3, 1, 1)).astype(np.float32)} for feed in images(64)]
     nodes = {node.name: node for node in model.graph.nodes}
-    found = _rounding.round_stored(model, nodes.values(), feeds)
+    found = _rounding.round_stored(model, nodes.values(), lambda: feeds, {})
     assert set(found) == {"c", "y"}
     moments = _statistics.input_moments(model, nodes.values(), feeds, per_sample=144)
     for name, codes in found.items():

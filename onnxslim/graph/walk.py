@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -14,6 +14,7 @@ __all__ = [
     "constant_value",
     "drop_value_info",
     "hoist_constants",
+    "insert_early",
     "is_graph_output",
     "remove_dead_nodes",
     "remove_node",
@@ -98,6 +99,23 @@ def hoist_constants(model: Model) -> int:
 def is_graph_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
     """Whether ``tensor`` is an output of ``graph`` (by identity: names may repeat between sibling subgraphs)."""
     return any(tensor is output for output in graph.outputs)
+
+
+def insert_early(graph: gs.Graph, nodes: Sequence[gs.Node]) -> None:
+    """Put new nodes, given in order, each right behind what makes the last of its inputs.
+
+    A tensor that only they read can then be let go of before the next ones are made, where nodes run in their order.
+    """
+    place = {id(node): index for index, node in enumerate(graph.nodes)}
+    behind: dict[int, list[gs.Node]] = {}
+    for node in nodes:
+        makers = [place.get(id(tensor.inputs[0]), -1) for tensor in node.inputs if tensor.inputs]
+        place[id(node)] = max(makers, default=-1)
+        behind.setdefault(place[id(node)], []).append(node)
+    placed = behind.get(-1, [])
+    for index, node in enumerate(graph.nodes):
+        placed += [node, *behind.get(index, [])]
+    graph.nodes = placed
 
 
 def remove_node(graph: gs.Graph, node: gs.Node) -> None:
