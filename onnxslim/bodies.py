@@ -13,7 +13,7 @@ from onnxslim.data import Dataset
 from onnxslim.errors import ModelError
 from onnxslim.graph.cost import MAC_OPS
 from onnxslim.graph.shapes import Shapes, infer_shapes
-from onnxslim.graph.walk import subgraphs
+from onnxslim.graph.walk import nested_graphs
 from onnxslim.model import Model
 from onnxslim.runtime import Feed, Session, TensorSpec
 
@@ -106,16 +106,8 @@ def _carried(node: gs.Node, body: gs.Graph) -> list[gs.Tensor]:
     return []
 
 
-def _graphs(body: gs.Graph) -> Iterator[gs.Graph]:
-    """A body and all that is nested in it."""
-    yield body
-    for node in body.nodes:
-        for inner in subgraphs(node):
-            yield from _graphs(inner)
-
-
 def _nodes(body: gs.Graph) -> Iterator[gs.Node]:
-    for graph in _graphs(body):
+    for graph in nested_graphs(body):
         yield from graph.nodes
 
 
@@ -135,10 +127,10 @@ class _Border:
         self._constants: list[tuple[gs.Constant, gs.Constant]] = []
         within = {id(node) for node in _nodes(body)}
         own = {id(tensor) for node in _nodes(body) for tensor in node.outputs}
-        for graph in _graphs(body):
+        for graph in nested_graphs(body):
             own.update(id(tensor) for tensor in (*graph.inputs, *graph.__dict__.get("initializers", ())))
         read = [tensor for node in _nodes(body) for tensor in node.inputs]
-        read += [tensor for graph in _graphs(body) for tensor in graph.outputs]
+        read += [tensor for graph in nested_graphs(body) for tensor in graph.outputs]
         for tensor in {id(tensor): tensor for tensor in read}.values():
             if id(tensor) in own or tensor.is_empty():
                 continue
@@ -171,7 +163,7 @@ class _Border:
             for slot, tensor in enumerate(node.inputs):
                 if id(tensor) in other:
                     node.inputs[slot] = other[id(tensor)]
-        for graph in _graphs(self._body):
+        for graph in nested_graphs(self._body):
             graph.outputs = [other.get(id(tensor), tensor) for tensor in graph.outputs]
 
 

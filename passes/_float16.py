@@ -16,9 +16,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxslim.graph.shapes import Shapes
-from onnxslim.graph.walk import subgraphs
+from onnxslim.graph.walk import nested_graphs, subgraphs
 from onnxslim.passes._calibration import Observed
-from onnxslim.passes._identical import main_graphs
 from onnxslim.passes._placement import matches
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def whole_obstacle(model: Model, types: Shapes, kept: Iterable[gs.Node]) -> str 
     for node in kept:
         if next(subgraphs(node), None) is not None:
             return f"{node.op} {node.name!r} hands numbers on that float16 cannot hold"
-    for graph in main_graphs(model):
+    for graph in nested_graphs(model.graph):
         for node in graph.nodes:
             if node.op.startswith(_CONTAINERS):
                 return f"{node.op} {node.name!r} holds tensors in a sequence or an optional"

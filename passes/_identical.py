@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxslim.graph.walk import subgraphs
+from onnxslim.graph.walk import nested_graphs, subgraphs
 from onnxslim.passes.base import Outcome
 
 if TYPE_CHECKING:
     from onnxslim.model import Model
 
-__all__ = ["main_graphs", "share_identical"]
+__all__ = ["share_identical"]
 
 CROSS_GRAPH_BYTES = 1024  # smaller tensors stay in their body: some rewrites of runtimes look for them there
-
-
-def main_graphs(model: Model) -> Iterator[gs.Graph]:
-    """The main graph and all bodies nested in it, outer before inner; no functions."""
-    stack = [model.graph]
-    while stack:
-        graph = stack.pop()
-        yield graph
-        stack.extend(reversed([body for node in graph.nodes for body in subgraphs(node)]))
 
 
 def share_identical(model: Model, outcome: Outcome) -> int:
@@ -40,7 +31,7 @@ def share_identical(model: Model, outcome: Outcome) -> int:
     parents: dict[int, gs.Graph] = {}
     found: dict[tuple[str, tuple[int, ...]], list[gs.Constant]] = {}
     holders: dict[str, set[int]] = {}
-    for graph in main_graphs(model):
+    for graph in nested_graphs(model.graph):
         parents |= {id(body): graph for node in graph.nodes for body in subgraphs(node)}
         for tensor in (*graph.__dict__.get("initializers", ()), *(t for node in graph.nodes for t in node.inputs)):
             holders.setdefault(tensor.name, set()).add(id(tensor))

@@ -26,7 +26,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxslim.graph.shapes import Shapes
-from onnxslim.graph.walk import constant_value, subgraphs
+from onnxslim.graph.walk import constant_value, nested_graphs
 
 __all__ = ["Anchor", "Chain", "Placement", "Propagator", "anchor_obstacle", "matches", "scalar", "weight_axis"]
 
@@ -150,15 +150,12 @@ class Placement:
 
     def _read_in_bodies(self) -> dict[str, gs.Tensor]:
         """The tensors of this graph that bodies of its nodes read."""
-        own = {id(tensor): tensor for node in self.graph.nodes for tensor in node.outputs if tensor.name}
-        stack = [body for node in self.graph.nodes for body in subgraphs(node)]
+        own = {id(tensor) for node in self.graph.nodes for tensor in node.outputs if tensor.name}
         inside: dict[str, gs.Tensor] = {}
-        while stack:
-            body = stack.pop()
-            for tensor in (*body.outputs, *(tensor for node in body.nodes for tensor in node.inputs)):
-                if id(tensor) in own:
-                    inside[tensor.name] = tensor
-            stack += [inner for node in body.nodes for inner in subgraphs(node)]
+        for body in nested_graphs(self.graph):
+            if body is not self.graph:
+                read = (*body.outputs, *(tensor for node in body.nodes for tensor in node.inputs))
+                inside |= {tensor.name: tensor for tensor in read if id(tensor) in own}
         return inside
 
     def _stuck(self) -> set[str]:

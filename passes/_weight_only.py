@@ -7,16 +7,15 @@ embedding table is looked up in int8, and only the rows that were looked up beco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx_graphsurgeon.ir.function import Function
 
-from onnxslim.graph.walk import subgraphs
+from onnxslim.graph.walk import nested_graphs
 
 if TYPE_CHECKING:
     from onnxslim.model import Model
@@ -64,13 +63,13 @@ def quantize_stored_weights(model: Model, skip: Callable[[gs.Node], bool], outco
     done = 0
     by_weight: dict[int, list[_Use]] = {}
     weights: dict[int, gs.Constant] = {}
-    for graph in _plain_graphs(model):
+    for graph in nested_graphs(model.graph):
         for node in graph.nodes:
             for position, tensor in enumerate(node.inputs):
                 if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32:
                     by_weight.setdefault(id(tensor), []).append(_Use(graph, node, position))
                     weights[id(tensor)] = tensor
-    owner = {id(c): graph for graph in _plain_graphs(model) for c in graph.__dict__.get("initializers", ())}
+    owner = {id(c): graph for graph in nested_graphs(model.graph) for c in graph.__dict__.get("initializers", ())}
     for key, uses in by_weight.items():
         weight = weights[key]
         if len(weight.shape) < 2 or any(skip(use.node) for use in uses):
@@ -83,17 +82,6 @@ def quantize_stored_weights(model: Model, skip: Callable[[gs.Node], bool], outco
                 continue
             done += _quantize_weight(model, home, weight, uses, outcome)
     return done
-
-
-def _plain_graphs(model: Model) -> Iterator[gs.Graph]:
-    """The main graph and its bodies, without local functions."""
-    stack = [model.graph]
-    while stack:
-        graph = stack.pop()
-        if isinstance(graph, Function):
-            continue
-        yield graph
-        stack.extend(body for node in graph.nodes for body in subgraphs(node))
 
 
 def _shared_axes(use: _Use, rank: int) -> tuple[int, ...] | None:

@@ -13,10 +13,9 @@ from pydantic import Field
 from onnxslim.errors import ModelError
 from onnxslim.float_type import OLDEST_OPSET, inline_functions, narrow_inside
 from onnxslim.graph.shapes import Shapes, infer_shapes
-from onnxslim.graph.walk import hoist_constants
+from onnxslim.graph.walk import hoist_constants, nested_graphs
 from onnxslim.passes._calibration import Observed, observe
 from onnxslim.passes._float16 import LARGE, fits_float16, float32_nodes, whole_obstacle
-from onnxslim.passes._identical import main_graphs
 from onnxslim.passes._placement import matches
 from onnxslim.passes.base import Context, Outcome, Pass
 
@@ -148,7 +147,7 @@ class ConvertFp16(Pass):
 def _uses(model: Model) -> Iterable[list[tuple[gs.Node, int]]]:
     """The places in which each float32 constant is read, grouped by constant."""
     found: dict[int, list[tuple[gs.Node, int]]] = {}
-    for graph in main_graphs(model):
+    for graph in nested_graphs(model.graph):
         for node in graph.nodes:
             for index, tensor in enumerate(node.inputs):
                 if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32:
@@ -160,7 +159,7 @@ def _weight_bytes(model: Model) -> int:
     """Bytes of all float16 and float32 constants that something reads."""
     read = {
         id(tensor): tensor
-        for graph in main_graphs(model)
+        for graph in nested_graphs(model.graph)
         for node in graph.nodes
         for tensor in node.inputs
         if isinstance(tensor, gs.Constant) and tensor.dtype in (np.float16, np.float32)

@@ -12,9 +12,8 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from pydantic import Field
 
-from onnxslim.graph.walk import drop_value_info, hoist_constants
+from onnxslim.graph.walk import drop_value_info, hoist_constants, nested_graphs
 from onnxslim.passes._codebook import Feedback
-from onnxslim.passes._identical import main_graphs
 from onnxslim.passes._placement import matches
 from onnxslim.passes._statistics import LinearLayer, Moments, input_moments, linear_layer
 from onnxslim.passes._weight_only import quantize_stored_weights
@@ -107,7 +106,7 @@ class QuantizeWeights(Pass):
 
     def _targets(self, model: Model, outcome: Outcome) -> list[_Target]:
         targets = []
-        for graph in main_graphs(model):
+        for graph in nested_graphs(model.graph):
             for node in graph.nodes:
                 layer = linear_layer(node) if node.op in ("MatMul", "Gemm") else None
                 if layer is None:

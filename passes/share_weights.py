@@ -14,10 +14,10 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from onnxslim.graph.walk import drop_value_info, hoist_constants
+from onnxslim.graph.walk import drop_value_info, hoist_constants, nested_graphs
 from onnxslim.passes._bias import add_to_bias, bias_of
 from onnxslim.passes._codebook import Coded, Feedback, fit, nearest
-from onnxslim.passes._identical import main_graphs, share_identical
+from onnxslim.passes._identical import share_identical
 from onnxslim.passes._packed import CodebookWriter
 from onnxslim.passes._refit import Split, by_input, channel_weights, loss, moments_between, output_errors, refits
 from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
@@ -157,7 +157,7 @@ class ShareWeights(Pass):
         """Every initializer to encode, once, in order of first use; the others with reasons."""
         exported = {id(tensor) for graph in model.graphs() for tensor in graph.outputs}
         seen: set[int] = set()
-        for graph in main_graphs(model):
+        for graph in nested_graphs(model.graph):
             for node in graph.nodes:
                 for index, axis in WEIGHTS.get(node.op, {}).items() if node.domain in (None, "", "ai.onnx") else ():
                     weight = node.inputs[index] if index < len(node.inputs) else None
@@ -307,7 +307,7 @@ class _Plan:
 def _twins(model: Model, copied: Model, targets: dict[int, _Target]) -> dict[int, gs.Constant]:
     """The constants of a fresh copy that stand for the targets, by id of the target."""
     found = {}
-    for graph, other in zip(main_graphs(model), main_graphs(copied), strict=True):
+    for graph, other in zip(nested_graphs(model.graph), nested_graphs(copied.graph), strict=True):
         for node, twin in zip(graph.nodes, other.nodes, strict=True):
             for tensor, match in zip(node.inputs, twin.inputs, strict=True):
                 if id(tensor) in targets:

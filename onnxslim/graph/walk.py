@@ -16,6 +16,7 @@ __all__ = [
     "hoist_constants",
     "insert_early",
     "is_graph_output",
+    "nested_graphs",
     "remove_dead_nodes",
     "remove_node",
     "subgraphs",
@@ -36,6 +37,15 @@ def subgraphs(node: gs.Node) -> Iterator[gs.Graph]:
     for value in node.attrs.values():
         if isinstance(value, gs.Graph):
             yield value
+
+
+def nested_graphs(graph: gs.Graph) -> Iterator[gs.Graph]:
+    """Yield a graph and all bodies nested in it, outer before inner; no functions."""
+    stack = [graph]
+    while stack:
+        graph = stack.pop()
+        yield graph
+        stack.extend(reversed([body for node in graph.nodes for body in subgraphs(node)]))
 
 
 def constant_value(tensor: gs.Tensor) -> np.ndarray | None:
