@@ -129,6 +129,8 @@ class QuantizeStatic(Pass):
                 outcome.refuse("qdq", "model", why)
                 _restore(model, before.copy())
                 hoist_constants(model)
+                # What let int8 hold their weights, rounding them for what they give, is undone as well.
+                precise |= {name for run in runs for name in run.kept}
         if self.weight_only and model.opset >= _BROADCAST_OPSET:
             stored = quantize_stored_weights(
                 model, lambda node: matches(node, self.exclude) or is_one_of(precise, node), outcome

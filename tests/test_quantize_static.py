@@ -670,6 +670,17 @@ def test_no_two_codes_of_one_sign_exceed_16_bits(axis):
     assert (scale < np.abs(weight).max(axis=None if axis is None else (1, 2, 3)) / 63).all()
 
 
+def test_weights_of_sensitive_layers_stay_float_where_all_is_computed_in_float(monkeypatch):
+    monkeypatch.setattr("onnxslim.passes.quantize_static._speed", lambda *_: 0.5)
+    options = {"keep_float": 1, "only_if_faster": True}
+    model, outcome = quantize(mobile_block(), images(), **options)
+    assert outcome.plan is not None and not outcome.plan["graphs"][0]["precise"]
+    (kept,) = outcome.plan["graphs"][0]["kept"]
+    node = next(node for node in model.graph.nodes if node.outputs[0].name == kept)
+    assert isinstance(node.inputs[1], gs.Constant)
+    assert outcome.numbers["weights stored in int8 only"] > 0
+
+
 def test_bias_correction_restores_means_and_lowers_the_error():
     b = Builder(3)
     source = "x"
