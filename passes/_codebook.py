@@ -22,6 +22,7 @@ FloatArray = NDArray[np.float64]
 
 BINS = 1 << 14  # more points than this are clustered as a histogram: the error it adds is far below a codebook's own
 ROUNDS = 100
+_BLOCK = 32  # columns whose losses reach the others by one matrix product
 
 
 @dataclass
@@ -171,9 +172,7 @@ class Feedback:
         energy = np.diagonal(covariance, axis1=1, axis2=2)
         self.order = np.argsort(-energy, axis=1, kind="stable")
         ridge = damping * np.maximum(energy.mean(axis=1), 0.0) + 1e-12 * float(energy.max(initial=0.0)) + 1e-30
-        self.upper = np.empty_like(covariance)
-        for index, (block, order, strength) in enumerate(zip(covariance, self.order, ridge, strict=True)):
-            _inverse_factor(block, order, float(strength), self.upper[index])
+        self.upper = _inverse_factor(covariance, self.order, ridge)
 
     def assign(self, matrices: FloatArray, codebook: FloatArray, scale: FloatArray) -> NDArray[np.uint8]:
         """Indices ``[G, O, K]`` for ``matrices`` that keep the layer's output, not only each weight, close.
@@ -183,74 +182,73 @@ class Feedback:
             codebook: ascending centres.
             scale: broadcastable to ``matrices``; positive.
         """
-        scales = self.ordered(np.broadcast_to(scale, matrices.shape))
-        indices = np.empty(matrices.shape, np.uint8)
+        columns, scales = (
+            np.ascontiguousarray(each.swapaxes(1, 2))[self.columns]
+            for each in (matrices, np.broadcast_to(scale, matrices.shape))
+        )
+        indices = np.empty(columns.shape, np.uint8)
 
         def rounded(column: FloatArray, k: int) -> FloatArray:
-            indices[:, :, k] = nearest(column / scales[:, :, k], codebook)
-            return codebook[indices[:, :, k]] * scales[:, :, k]
+            chosen = nearest(column / scales[:, k], codebook)
+            indices[self.columns[0][:, 0], self.order[:, k]] = chosen
+            return codebook[chosen] * scales[:, k]
 
-        self.fix(matrices, rounded)
-        return self.restored(indices)
+        self.fix(columns, rounded)
+        return indices.swapaxes(1, 2)
 
-    def ordered(self, values: Array) -> Array:
-        """Columns of ``[G, O, K]`` in the order in which they are fixed."""
-        return np.take_along_axis(values, self.order[:, None, :], axis=2)
+    @property
+    def columns(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """What indexes ``[G, K, O]`` to give the columns in the order in which they are fixed."""
+        return np.arange(len(self.order))[:, None], self.order
 
-    def restored(self, values: Array) -> Array:
-        """The inverse of `ordered`."""
-        back = np.empty_like(values)
-        np.put_along_axis(back, np.broadcast_to(self.order[:, None, :], values.shape), values, axis=2)
-        return back
-
-    def fix(self, matrices: FloatArray, rounded: Callable[[FloatArray, int], FloatArray]) -> None:
-        """Fix the columns of ``matrices`` ``[G, O, K]`` one after another.
+    def fix(self, columns: FloatArray, rounded: Callable[[FloatArray, int], FloatArray]) -> None:
+        """Fix columns one after another.
 
         Args:
-            matrices: what is to be rounded.
-            rounded: gives the values that are to stand for a column ``[G, O]``, the ``k``-th in the order of `ordered`.
+            columns: what is to be rounded, ``[G, K, O]`` in the order in which they are fixed; used up.
+            rounded: gives the values that are to stand for the ``k``-th column ``[G, O]``.
         """
-        work, upper = self.ordered(matrices), self.upper
-        block = 128
-        for begin in range(0, work.shape[2], block):
-            end = min(begin + block, work.shape[2])
-            losses = np.zeros((*work.shape[:2], end - begin))
+        pivots = np.einsum("gkk->kg", self.upper)[:, :, None]
+        for begin in range(0, columns.shape[1], _BLOCK):
+            end = min(begin + _BLOCK, columns.shape[1])
+            losses = np.empty((len(columns), end - begin, columns.shape[2]))
             for k in range(begin, end):
-                column = work[:, :, k]
-                loss = (column - rounded(column, k)) / upper[:, k, k][:, None]
-                work[:, :, k + 1 : end] -= loss[:, :, None] * upper[:, None, k, k + 1 : end]
-                losses[:, :, k - begin] = loss
-            work[:, :, end:] -= losses @ upper[:, begin:end, end:]
+                losses[:, k - begin] = loss = (columns[:, k] - rounded(columns[:, k], k)) / pivots[k]
+                columns[:, k + 1 : end] -= self.upper[:, k, k + 1 : end, None] * loss[:, None]
+            columns[:, end:] -= self.upper[:, begin:end, end:].swapaxes(1, 2) @ losses
 
 
-def _inverse_factor(metric: FloatArray, order: NDArray[np.intp], ridge: float, result: FloatArray) -> None:
-    """Upper triangular ``U`` ``[K, K]`` with ``U^T U`` the inverse of ``metric``, reordered, plus ``ridge`` times one.
+def _inverse_factor(metric: FloatArray, order: NDArray[np.intp], ridge: FloatArray) -> FloatArray:
+    """Upper triangular ``U`` ``[G, K, K]`` with ``U^T U`` the inverse of ``metric``, reordered, plus ``ridge`` ``[G]``.
 
-    A covariance is positive but for rounding: where that shows, the ridge grows until it is covered. All happens in
-    ``result``: such matrices are the largest that there are.
+    A covariance is positive but for rounding: where that shows, the ridge grows until it is covered. Such matrices are
+    the largest that there are: what can happens in place.
     """
-    reverse = order[::-1]
+    reverse, groups = order[:, ::-1], len(metric)
     for _ in range(30):
+        result = metric[np.arange(groups)[:, None, None], reverse[:, :, None], reverse[:, None, :]]
+        np.einsum("gkk->gk", result)[...] += ridge[:, None]
         try:
-            result[...] = metric[np.ix_(reverse, reverse)]
-            np.einsum("kk->k", result)[...] += ridge
             # Reversed twice, a lower factor of the metric is an upper one: its inverse is what is wanted.
-            result[...] = np.linalg.cholesky(result)[::-1, ::-1]
+            result[...] = np.linalg.cholesky(result)[:, ::-1, ::-1]
             _invert_upper(result)
-            return
+            return result
         except np.linalg.LinAlgError:
+            if groups > 1:
+                parts = (slice(g, g + 1) for g in range(groups))
+                return np.concatenate([_inverse_factor(metric[g], order[g], ridge[g]) for g in parts])
             ridge = 10 * ridge
-    result[...] = np.eye(len(result))
+    return np.eye(metric.shape[1])[None]
 
 
-def _invert_upper(matrix: FloatArray) -> None:
-    """Invert an upper triangular ``[K, K]`` in place, by halves: all but small blocks are matrix products."""
-    size = len(matrix)
+def _invert_upper(matrices: FloatArray) -> None:
+    """Invert upper triangular ``[G, K, K]`` in place, by halves: all but small blocks are matrix products."""
+    size = matrices.shape[1]
     if size <= 64:
-        matrix[...] = np.triu(np.linalg.inv(matrix))
+        matrices[...] = np.triu(np.linalg.inv(matrices))
         return
     half = size // 2
-    first, corner, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    first, corner, last = matrices[:, :half, :half], matrices[:, :half, half:], matrices[:, half:, half:]
     _invert_upper(first)
     _invert_upper(last)
     corner[...] = -(first @ corner @ last)

@@ -3,12 +3,13 @@
 Rounding shifts the mean of a layer's output; the bias takes the shift back. Layers behind it see the corrected input,
 so corrections must be found in order: taken all from one run they count each shift several times. Here the quantized
 graph itself subtracts the difference to the teacher's means behind every layer while it runs, so that every later layer
-sees corrected inputs, and one forward pass gives the corrections of all layers.
+sees corrected inputs, and one forward pass gives the corrections of all layers. The teacher runs once for any number
+of quantized versions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,14 +18,14 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxslim.graph.walk import insert_early
-from onnxslim.passes._qdq import channel_mean
+from onnxslim.passes._qdq import CORRECTED, channel_mean
 from onnxslim.runtime import Session
 
 if TYPE_CHECKING:
     from onnxslim.model import Model
     from onnxslim.passes._placement import Placement
 
-__all__ = ["Judge", "corrections"]
+__all__ = ["BiasCorrector", "Judge"]
 
 FloatArray = NDArray[np.float64]
 Feed = dict[str, np.ndarray]
@@ -33,37 +34,48 @@ _ANSWER_BYTES = 64 << 20  # of feeds and outputs kept to judge by
 _LEAST_PROBABILITY = 1e-6  # below this no decision hangs on it
 
 
-def corrections(
-    teacher: Model, placement: Placement, probed: Model, probes: dict[str, tuple[str, str]], feeds: Iterable[Feed]
-) -> dict[str, FloatArray]:
-    """What to add to the bias of each probed layer, ``[channels]``, by name of its output.
+class BiasCorrector:
+    """What a float model gives on some feeds, on average: each quantized version of it is corrected towards that."""
 
-    Args:
-        teacher: the float model, changed: mean outputs are added to it.
-        placement: of the teacher's graph.
-        probed: the quantized model with probes.
-        probes: layer -> its input for the teacher's mean, and its output of the difference.
-        feeds: a few large ones rather than many small ones: means are matched within each.
-    """
-    means: dict[str, str] = {}
-    measuring: list[gs.Node] = []
-    for name in probes:
-        anchor = placement.anchors[name]
-        result = gs.Variable(teacher.fresh_name(f"{name}_mean"), np.float32)
-        measuring.append(channel_mean(teacher, anchor, anchor.node.outputs[0], result))
-        means[name] = result.name
-    insert_early(teacher.graph, measuring)
-    float_session = Session(teacher, outputs=list(means.values()))
-    int8_session = Session(probed, outputs=[delta for _, delta in probes.values()])
-    sums: dict[str, FloatArray] = {}
-    batches = 0
-    for feed in feeds:
-        target = float_session.run(feed)
-        found = int8_session.run({**feed, **{probes[name][0]: target[means[name]] for name in probes}})
-        for name, (_, delta) in probes.items():
-            sums[name] = sums.get(name, 0.0) + np.asarray(found[delta], np.float64).reshape(-1)
-        batches += 1
-    return {name: total / batches for name, total in sums.items() if np.isfinite(total).all()}
+    def __init__(self, teacher: Model, placement: Placement, feeds: Callable[[], Iterable[Feed]]) -> None:
+        """Run the teacher.
+
+        Args:
+            teacher: the float model, changed: mean outputs are added to it.
+            placement: of the teacher's graph.
+            feeds: gives what to run, each time the same: a few large ones, as means are matched within each.
+        """
+        self._feeds = feeds
+        sources: dict[str, str] = {}
+        measuring: list[gs.Node] = []
+        for name, anchor in placement.anchors.items():
+            if anchor.node.op in CORRECTED:
+                result = gs.Variable(teacher.fresh_name(f"{name}_mean"), np.float32)
+                measuring.append(channel_mean(teacher, anchor, anchor.node.outputs[0], result))
+                sources[name] = result.name
+        insert_early(teacher.graph, measuring)
+        session = Session(teacher, outputs=list(sources.values()))
+        runs = (session.run(feed) for feed in feeds())
+        self._means = [{name: seen[source] for name, source in sources.items()} for seen in runs]
+
+    def corrections(
+        self, probed: Model, probes: dict[str, tuple[str, str]], most: int | None = None
+    ) -> dict[str, FloatArray]:
+        """What to add to the bias of each probed layer, ``[channels]``, by name of its output.
+
+        Args:
+            probed: the quantized model with probes.
+            probes: layer -> its input for the teacher's mean, and its output of the difference.
+            most: use so many feeds only.
+        """
+        session = Session(probed, outputs=[delta for _, delta in probes.values()])
+        sums: dict[str, FloatArray] = {}
+        means = self._means[:most]
+        for wanted, feed in zip(means, self._feeds(), strict=False):
+            found = session.run({**feed, **{probes[name][0]: wanted[name] for name in probes}})
+            for name, (_, delta) in probes.items():
+                sums[name] = sums.get(name, 0.0) + np.asarray(found[delta], np.float64).reshape(-1)
+        return {name: total / len(means) for name, total in sums.items() if np.isfinite(total).all()}
 
 
 @dataclass

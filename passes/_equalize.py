@@ -73,6 +73,7 @@ class _Site:
         floor: a shift may not reach above the least value, as a Relu stands behind the offset.
         averaged: a window of several elements stands between, of which a single one is not known.
         inserted: nothing divides but a Mul that is put in front of the readers.
+        scaled: names of the tensors from what divides to the readers.
     """
 
     tensor: gs.Tensor
@@ -84,6 +85,7 @@ class _Site:
     floor: bool = False
     averaged: bool = False
     inserted: bool = False
+    scaled: list[str] = field(default_factory=list)
 
     def columns(self, layer: LinearLayer) -> FloatArray:
         """The weight of a reader, ``[G, O, C / G, taps]``."""
@@ -114,12 +116,19 @@ def find_equalizations(
     return [each for each in found if each is not None]
 
 
-def apply_equalizations(model: Model, placement: Placement, wanted: Iterable[Equalization]) -> None:
-    """Rewrite the parameters around each tensor; the arrays that others may hold stay as they are."""
+def apply_equalizations(model: Model, placement: Placement, wanted: Iterable[Equalization]) -> set[str]:
+    """Rewrite the parameters around each tensor; the arrays that others may hold stay as they are.
+
+    Returns:
+        The names of the tensors that hold other numbers now, new ones included.
+    """
     by_name = {each.name: each for each in wanted}
+    changed: set[str] = set()
     for site in _sites(model, placement):  # one after another: a weight may be changed from both of its sides
         if site.tensor.name in by_name:
             _apply(model, site, by_name[site.tensor.name])
+            changed.update(site.scaled)
+    return changed
 
 
 # ---------------------------------------------------------------------------------------------------------------- sites
@@ -160,6 +169,7 @@ def _trace(site: _Site, graph: gs.Graph) -> bool:
     tensor = site.tensor
     while len(tensor.inputs) == 1:
         node = tensor.inputs[0]
+        site.scaled.append(tensor.name)
         if tensor is not site.tensor and (len(tensor.outputs) != 1 or is_graph_output(graph, tensor)):
             return False
         if node.domain or len([output for output in node.outputs if output.name]) != 1:
@@ -391,6 +401,7 @@ def _insert(model: Model, site: _Site, scale: FloatArray) -> None:
     result = gs.Variable(model.fresh_name(f"{site.tensor.name}_equalized"), np.float32, site.tensor.shape)
     for layer in site.readers:
         layer.node.inputs[0] = result
+    site.scaled.append(result.name)
     insert_early(model.graph, [gs.Node("Mul", result.name, inputs=[site.tensor, factor], outputs=[result])])
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from onnxslim.model import Model
 
 __all__ = [
+    "CORRECTED",
     "LEVELS",
     "Code",
     "Emitter",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.float64]
+CORRECTED = frozenset({"Conv", "Gemm"})  # whose bias can take a correction
 LEVELS = 255
 MIDDLE = 128  # the code that is 0 in int8
 CODE_LIMIT = 127
@@ -242,7 +244,7 @@ class Emitter:
 
     def _carry_outputs(self, node: gs.Node, anchor: Anchor | None) -> None:
         for index, tensor in enumerate(list(node.outputs)):
-            probed = anchor is not None and self.probes is not None and node.op in ("Conv", "Gemm")
+            probed = anchor is not None and self.probes is not None and node.op in CORRECTED
             if tensor.name in self.placement.carried:
                 raw = self._variable("r", np.float32)
                 node.outputs[index] = raw

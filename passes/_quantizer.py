@@ -19,11 +19,12 @@ from onnxslim.errors import ModelError
 from onnxslim.graph.shapes import Shapes, infer_shapes
 from onnxslim.graph.walk import drop_value_info
 from onnxslim.passes._calibration import Method, Observed, choose_range, draw_steps, observe
-from onnxslim.passes._correction import Judge, corrections
+from onnxslim.passes._correction import BiasCorrector, Judge
 from onnxslim.passes._equalize import Equalization, apply_equalizations, find_equalizations, single
 from onnxslim.passes._placement import ANCHORS, Anchor, Placement, anchor_obstacle, matches, weight_axis
 from onnxslim.passes._plan import EqualizedTensor, GraphPlan, StoredArray, StoredCodes, TensorPlan, weights_digest
 from onnxslim.passes._qdq import (
+    CORRECTED,
     LEVELS,
     Emitter,
     FloatArray,
@@ -213,17 +214,22 @@ class Quantizer:
         )
 
     def _observe(self, data: Dataset, anchors: dict[str, Anchor], shapes: Shapes) -> int:
-        """See what the tensors that int8 may reach hold, one feed first for their sizes; return the batch to run."""
-        self.observed = observe(self.model, _floats(self.model.graph, shapes), itertools.islice(data, 1))
-        each = 4 * sum(entry.elements for entry in self.observed.values())
-        batch = max(1, min(_BATCH, _BATCH_BYTES // max(each, 1)))
+        """See what the tensors that int8 may reach hold, one feed first for their sizes; return the batch to run.
+
+        Tensors that were observed are left out.
+        """
+        seen = self.observed
+        unseen = [name for name in _floats(self.model.graph, shapes) if name not in seen]
+        self.observed = seen | observe(self.model, unseen, itertools.islice(data, 1))
+        sizes = {name: entry.elements for name, entry in self.observed.items()}
+        batch = max(1, min(_BATCH, _BATCH_BYTES // max(4 * sum(sizes.values()), 1)))
         read = {anchor.node.inputs[0].name for anchor in anchors.values()}  # of thin layers too, for other runtimes
-        reached = sorted(self._place(self.model).reached | anchors.keys() | read)
+        reached = sorted((self._place(self.model).reached | anchors.keys() | read) - seen.keys())
         steps = draw_steps({name: self.observed[name] for name in reached}, len(data))
-        sizes = {name: self.observed[name].elements for name in reached}
-        self.observed = observe(self.model, reached, data.batches(batch), steps, self._progress(data, 0, 60, batch))
-        for name, entry in self.observed.items():
+        found = observe(self.model, reached, data.batches(batch), steps, self._progress(data, 0, 60, batch))
+        for name, entry in found.items():
             entry.elements = sizes[name]
+        self.observed = seen | found
         return batch
 
     @property
@@ -346,13 +352,7 @@ class Quantizer:
         plans = self._judged(judge, {method: self._ranges(method) for method in methods})
         plans = self._leave(judge, self._equalized(judge, split, plans))
         self.context.progress(75, 100)
-        # Corrections may turn the order of two methods round, but not where one is far worse.
-        least = _least(plans)
-        corrected = {
-            method: self._corrected(judge, split, plan) for method, plan in plans.items() if plan.error <= _NEAR * least
-        }
-        method = min(corrected, key=lambda method: corrected[method].error)
-        best = self._reconstructed(judge, split, corrected[method])
+        method, best = self._corrected_best(judge, split, plans)
         if self.kept and options.weight_only:
             self._store_kept(judge, split, best)
         self.error = best.error
@@ -366,6 +366,22 @@ class Quantizer:
             if wanted and not found:
                 self.outcome.refuse(rule, "model", why)
         return best
+
+    def _corrected_best(self, judge: Judge, split: _Split, plans: dict[Method, _Plan]) -> tuple[Method, _Plan]:
+        """The best of the plans with corrected biases and rounded weights, and how its ranges were chosen."""
+        corrector = self._corrector(split)
+        # Corrections may turn the order of two methods round, but not where one is far worse. Few feeds tell that.
+        near = _near(plans)
+        first = {method: self._corrected(judge, corrector, plan, split.few) for method, plan in near.items()}
+        method = min(first, key=lambda method: first[method].error)
+        rounded = self._rounded(split, plans[method])
+        found = [plans[method]]
+        if rounded is not None:
+            rounded.error = judge.error(self._emitted(rounded))
+            found.append(self._corrected(judge, corrector, rounded))
+        if rounded is None or found[-1].error >= first[method].error:
+            found.append(self._corrected(judge, corrector, plans[method]))
+        return method, min(found, key=lambda plan: plan.error)
 
     def _judged(self, judge: Judge, ranges: Mapping[Method, dict[str, tuple[float, float]]]) -> dict[Method, _Plan]:
         """A plan for each method, and its error."""
@@ -385,10 +401,9 @@ class Quantizer:
             self.outcome.refuse("equalization", "model", "the channels of no tensor would gain from other scales")
             return plans
         trial = replace(self, model=self.model.copy())
-        apply_equalizations(trial.model, trial._place(trial.model), found)
+        changed = apply_equalizations(trial.model, trial._place(trial.model), found)
+        trial.observed = {name: seen for name, seen in self.observed.items() if name not in changed}
         trial._observe(split.data, *trial._anchors(trial.model, None))
-        # What is not read any more is needed to place the same again.
-        trial.observed = self.observed | trial.observed
         tried = trial._judged(judge, {method: trial._ranges(method) for method in plans})
         if _least(tried) > _PAYS_OFF * before:
             why = f"the output error on held-back samples would be {_least(tried):.3g}, not {before:.3g}"
@@ -409,7 +424,7 @@ class Quantizer:
         ranked = self._ranked(judge.strictest(_SENSITIVITY_FEEDS, self._emitted(best)))
         for count in _COUNTS if wanted == "auto" else (wanted,):
             before, self.kept = self.kept, ranked[:count]
-            tried = self._judged(judge, ranges)
+            tried = self._judged(judge, {method: ranges[method] for method in _near(plans)})
             if wanted != "auto" or _least(tried) <= _CLEARLY * _least(plans):
                 plans = tried
             else:
@@ -451,16 +466,14 @@ class Quantizer:
                 values = dequantize_weight(rounded[name], weight_axis(node))
                 node.inputs[1] = gs.Constant(self.model.fresh_name(node.inputs[1].name), values)
 
-    def _reconstructed(self, judge: Judge, split: _Split, plan: _Plan) -> _Plan:
-        """The plan with weights rounded for what layers give; as it is where that does not lower its error."""
+    def _rounded(self, split: _Split, plan: _Plan) -> _Plan | None:
+        """The plan with weights rounded for what layers give; None where that is not wanted, or cannot be judged."""
         if not (self.options.reconstruct and split.honest):
-            return plan
+            return None
         emitter = self._emitter(self.model, self._place(self.model), plan)
         centred = self.options.bias_correction
         rounded = reconstruct(emitter, split.fit, self._sizes(split), centred=centred, seed=self.context.seed)
-        trial = _Plan(plan.ranges, rounded)
-        trial.error = judge.error(self._emitted(trial))
-        return min(plan, self._corrected(judge, split, trial), key=lambda plan: plan.error)
+        return _Plan(plan.ranges, rounded)
 
     def _sizes(self, split: _Split) -> dict[str, int]:
         """Bytes that a batch takes of each tensor."""
@@ -514,17 +527,24 @@ class Quantizer:
         fit = max(1, int(feeds * _FIT_SHARE))
         return _Split(data, batch, fit, feeds)
 
-    def _corrected(self, judge: Judge, split: _Split, plan: _Plan) -> _Plan:
-        """The plan with corrected biases; as it is where they do not lower its error."""
-        corrected_ops = {anchor.node.op for anchor in self._place(self.model).anchors.values()} & {"Conv", "Gemm"}
-        if not (self.options.bias_correction and split.honest and corrected_ops):
+    def _corrector(self, split: _Split) -> BiasCorrector | None:
+        """What finds corrections of biases; None where there are none, or it is not wanted, or cannot be judged."""
+        ops = {anchor.node.op for anchor in self._place(self.model).anchors.values()}
+        if not (self.options.bias_correction and split.honest and ops & CORRECTED):
+            return None
+        watched = self.model.copy()
+        return BiasCorrector(watched, self._place(watched), split.fit)
+
+    def _corrected(self, judge: Judge, corrector: BiasCorrector | None, plan: _Plan, most: int | None = None) -> _Plan:
+        """The plan with biases corrected on so many feeds; as it is where they do not lower its error."""
+        if corrector is None:
             return plan
-        probed, watched = self.model.copy(), self.model.copy()
+        probed = self.model.copy()
         emitter = self._emitter(probed, self._place(probed), plan)
         emitter.probes = {}
         emitter.emit()
         drop_value_info(probed)
-        found = corrections(watched, self._place(watched), probed, emitter.probes, split.fit())
+        found = corrector.corrections(probed, emitter.probes, most)
         trial = replace(plan, corrections={name: single(values) for name, values in found.items()})
         trial.error = judge.error(self._emitted(trial))
         return min(plan, trial, key=lambda plan: plan.error)
@@ -591,6 +611,11 @@ class _Split:
         """Whether the parts are disjoint; a single feed has to serve as both."""
         return self.feeds > self.count
 
+    @property
+    def few(self) -> int:
+        """How many batches of those to fit on tell two plans apart."""
+        return -(-min(self.count, _MOST_FIT) // 3)
+
     def fit(self) -> Iterator[dict[str, np.ndarray]]:
         """The batches to fit on."""
         return itertools.islice(self.data.batches(self.batch), min(self.count, _MOST_FIT))
@@ -623,6 +648,12 @@ def _weight(node: gs.Node) -> NDArray[np.float32]:
 
 def _least(plans: dict[Method, _Plan]) -> float:
     return min(plan.error for plan in plans.values())
+
+
+def _near(plans: dict[Method, _Plan]) -> dict[Method, _Plan]:
+    """Those plans that what follows may make the best one."""
+    least = _least(plans)
+    return {method: plan for method, plan in plans.items() if plan.error <= _NEAR * least}
 
 
 def is_one_of(layers: Collection[str], node: gs.Node) -> bool:

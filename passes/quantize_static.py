@@ -21,6 +21,7 @@ from onnxslim.passes._placement import matches
 from onnxslim.passes._plan import QuantizationPlan, read_plan, record_of
 from onnxslim.passes._quantizer import Quantizer, is_one_of
 from onnxslim.passes._runtimes import RuntimeName
+from onnxslim.passes._threads import one_blas_thread
 from onnxslim.passes._weight_only import quantize_stored_weights
 from onnxslim.passes.base import Context, Outcome, Pass
 from onnxslim.runtime import Session, interleaved_latency
@@ -36,6 +37,7 @@ _BROADCAST_OPSET = 7  # the first in which Mul broadcasts as stored weights need
 _KEPT_BYTES = 16 << 20  # of calibration data: read once up to here
 _FIRST_KEPT, _MOST_KEPT = 2, 32
 _AS_FAST = 0.98  # times float's speed: less than this is more than noise
+_TIMINGS = 20
 _TIMING_SECONDS = 4.0
 
 
@@ -112,7 +114,8 @@ class QuantizeStatic(Pass):
             plan = read_plan(self.plan, self.name)
         elif context.calibration is not None:
             data = context.calibration.take(self.max_samples)
-        runs = self._quantize(model, data, plan, context, outcome)
+        with one_blas_thread():
+            runs = self._quantize(model, data, plan, context, outcome)
         outcome.numbers |= _numbers(runs, data)
         found = QuantizationPlan(graphs=[run.stored for run in runs if run.stored is not None])
         precise = {name for run in runs for name in (*run.precise, *run.thin)}
@@ -225,7 +228,7 @@ def _speed(before: Model, after: Model, data: Dataset) -> float:
     """How many times faster ``after`` runs on the first feed, one thread, interleaved."""
     feed = next(iter(data))
     runs = {name: partial(Session(model, threads=1).run, feed) for name, model in (("b", before), ("a", after))}
-    timings = interleaved_latency(runs, max_seconds=_TIMING_SECONDS)
+    timings = interleaved_latency(runs, repeats=_TIMINGS, max_seconds=_TIMING_SECONDS)
     return timings["b"].median_ms / timings["a"].median_ms
 
 
