@@ -15,7 +15,7 @@ from onnxslim.graph.cost import MAC_OPS
 from onnxslim.graph.shapes import Shapes, infer_shapes
 from onnxslim.graph.walk import nested_graphs
 from onnxslim.model import Model
-from onnxslim.runtime import Feed, Session, TensorSpec
+from onnxslim.runtime import Feed, Session, TensorSpec, detached
 
 __all__ = ["Body", "bodies"]
 
@@ -270,7 +270,7 @@ class _BodyFeeds:
     def feeds(self) -> Iterator[tuple[str, Feed]]:
         """Yield what enters the body, for each time that it runs on a feed."""
         for index, feed in enumerate(self._calibration):
-            values = {**self._known, **feed, **(self._session.run(feed) if self._session else {})}
+            values = {**self._known, **feed, **(detached(self._session.run(feed)) if self._session else {})}
             read = {inner: values[outer] for outer, inner in self._reads}
             for run in self._runs({**values, **read}):
                 yield f"feed {index}", {**run, **read}

@@ -39,6 +39,7 @@ __all__ = [
     "Session",
     "TensorSpec",
     "Timing",
+    "detached",
     "environment",
     "interleaved_latency",
     "max_ir_version",
@@ -283,6 +284,14 @@ class Session:
         if missing:
             raise ModelError(f"{self._name}: the main graph has no tensor {missing[0]!r} to fetch.")
         return [name for name in dict.fromkeys(outputs) if name not in declared]
+
+
+def detached(values: Feed) -> Feed:
+    """The same in memory of their own, to be kept: an array that a session gave keeps all of its memory alive."""
+    return {
+        name: value.copy() if isinstance(value, np.ndarray) and not value.flags.owndata else value
+        for name, value in values.items()
+    }
 
 
 def _is_heavy(model: Model | onnx.ModelProto) -> bool:

@@ -22,6 +22,7 @@ FloatArray = NDArray[np.float64]
 
 BINS = 1 << 14  # more points than this are clustered as a histogram: the error it adds is far below a codebook's own
 ROUNDS = 100
+_SMALL = 64  # matrices that are factored as a whole
 _BLOCK = 32  # columns whose losses reach the others by one matrix product
 
 
@@ -221,34 +222,38 @@ class Feedback:
 def _inverse_factor(metric: FloatArray, order: NDArray[np.intp], ridge: FloatArray) -> FloatArray:
     """Upper triangular ``U`` ``[G, K, K]`` with ``U^T U`` the inverse of ``metric``, reordered, plus ``ridge`` ``[G]``.
 
-    A covariance is positive but for rounding: where that shows, the ridge grows until it is covered. Such matrices are
-    the largest that there are: what can happens in place.
+    A covariance is positive but for rounding: where that shows, the ridge grows until it is covered.
     """
-    reverse, groups = order[:, ::-1], len(metric)
+    groups = np.arange(len(metric))[:, None, None]
     for _ in range(30):
-        result = metric[np.arange(groups)[:, None, None], reverse[:, :, None], reverse[:, None, :]]
+        result = metric[groups, order[:, :, None], order[:, None, :]]
         np.einsum("gkk->gk", result)[...] += ridge[:, None]
         try:
-            # Reversed twice, a lower factor of the metric is an upper one: its inverse is what is wanted.
-            result[...] = np.linalg.cholesky(result)[:, ::-1, ::-1]
-            _invert_upper(result)
+            _invert_factor(result)
             return result
         except np.linalg.LinAlgError:
-            if groups > 1:
-                parts = (slice(g, g + 1) for g in range(groups))
+            if len(metric) > 1:
+                parts = (slice(g, g + 1) for g in range(len(metric)))
                 return np.concatenate([_inverse_factor(metric[g], order[g], ridge[g]) for g in parts])
             ridge = 10 * ridge
     return np.eye(metric.shape[1])[None]
 
 
-def _invert_upper(matrices: FloatArray) -> None:
-    """Invert upper triangular ``[G, K, K]`` in place, by halves: all but small blocks are matrix products."""
+def _invert_factor(matrices: FloatArray) -> None:
+    """Turn positive definite ``M`` ``[G, K, K]`` into the upper triangular ``U`` with ``U^T U`` their inverse.
+
+    In place, as such matrices are the largest that there are, and by halves: all but small blocks are matrix products.
+    """
     size = matrices.shape[1]
-    if size <= 64:
-        matrices[...] = np.triu(np.linalg.inv(matrices))
+    if size <= _SMALL:
+        factor = np.linalg.cholesky(matrices[:, ::-1, ::-1])  # reversed twice, a lower factor is an upper one
+        matrices[...] = np.triu(np.linalg.inv(factor)[:, ::-1, ::-1])
         return
     half = size // 2
     first, corner, last = matrices[:, :half, :half], matrices[:, :half, half:], matrices[:, half:, half:]
-    _invert_upper(first)
-    _invert_upper(last)
-    corner[...] = -(first @ corner @ last)
+    _invert_factor(last)
+    factor = corner @ last.swapaxes(1, 2)
+    first -= factor @ factor.swapaxes(1, 2)
+    _invert_factor(first)
+    corner[...] = -(first @ factor @ last)
+    matrices[:, half:, :half] = 0

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from onnxslim.graph.walk import insert_early
 from onnxslim.passes._qdq import CORRECTED, channel_mean
-from onnxslim.runtime import Session
+from onnxslim.runtime import Session, detached
 
 if TYPE_CHECKING:
     from onnxslim.model import Model
@@ -56,7 +56,7 @@ class BiasCorrector:
         insert_early(teacher.graph, measuring)
         session = Session(teacher, outputs=list(sources.values()))
         runs = (session.run(feed) for feed in feeds())
-        self._means = [{name: seen[source] for name, source in sources.items()} for seen in runs]
+        self._means = [detached({name: seen[source] for name, source in sources.items()}) for seen in runs]
 
     def corrections(
         self, probed: Model, probes: dict[str, tuple[str, str]], most: int | None = None
@@ -101,7 +101,7 @@ class Judge:
         answers: list[tuple[Feed, Feed]] = []
         left = _ANSWER_BYTES
         for feed in feeds:
-            outputs = session.run(feed)
+            outputs = detached(session.run(feed))
             floats = {name: value for name, value in outputs.items() if _is_float(value)}
             answers.append((feed, floats or {name: v for name, v in outputs.items() if isinstance(v, np.ndarray)}))
             left -= sum(value.nbytes for one in answers[-1] for value in one.values())

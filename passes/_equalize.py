@@ -73,7 +73,8 @@ class _Site:
         floor: a shift may not reach above the least value, as a Relu stands behind the offset.
         averaged: a window of several elements stands between, of which a single one is not known.
         inserted: nothing divides but a Mul that is put in front of the readers.
-        scaled: names of the tensors from what divides to the readers.
+        changed: names of the tensors that hold other numbers once it is scaled: from what divides to the readers, and
+            what a MatMul gives whose bias is added behind it.
     """
 
     tensor: gs.Tensor
@@ -85,7 +86,7 @@ class _Site:
     floor: bool = False
     averaged: bool = False
     inserted: bool = False
-    scaled: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
 
     def columns(self, layer: LinearLayer) -> FloatArray:
         """The weight of a reader, ``[G, O, C / G, taps]``."""
@@ -127,7 +128,7 @@ def apply_equalizations(model: Model, placement: Placement, wanted: Iterable[Equ
     for site in _sites(model, placement):  # one after another: a weight may be changed from both of its sides
         if site.tensor.name in by_name:
             _apply(model, site, by_name[site.tensor.name])
-            changed.update(site.scaled)
+            changed.update(site.changed)
     return changed
 
 
@@ -169,7 +170,7 @@ def _trace(site: _Site, graph: gs.Graph) -> bool:
     tensor = site.tensor
     while len(tensor.inputs) == 1:
         node = tensor.inputs[0]
-        site.scaled.append(tensor.name)
+        site.changed.append(tensor.name)
         if tensor is not site.tensor and (len(tensor.outputs) != 1 or is_graph_output(graph, tensor)):
             return False
         if node.domain or len([output for output in node.outputs if output.name]) != 1:
@@ -391,6 +392,8 @@ def _apply(model: Model, site: _Site, chosen: Equalization) -> None:
         if chosen.shift.any():
             moved = weight.sum(axis=3) @ chosen.shift.reshape(weight.shape[0], -1, 1)
             add_to_bias(model, model.graph, layer.node, moved.reshape(-1))
+            if layer.node.op == "MatMul":
+                site.changed.append(layer.node.outputs[0].name)
         weight = weight * chosen.scale.reshape(weight.shape[0], 1, -1, 1)
         _replace(model, layer.node, 1, layer.stored_as(weight.reshape(layer.shape)))
 
@@ -401,7 +404,7 @@ def _insert(model: Model, site: _Site, scale: FloatArray) -> None:
     result = gs.Variable(model.fresh_name(f"{site.tensor.name}_equalized"), np.float32, site.tensor.shape)
     for layer in site.readers:
         layer.node.inputs[0] = result
-    site.scaled.append(result.name)
+    site.changed.append(result.name)
     insert_early(model.graph, [gs.Node("Mul", result.name, inputs=[site.tensor, factor], outputs=[result])])
 
 

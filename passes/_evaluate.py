@@ -87,13 +87,13 @@ class ConstantSet:
     def _run_together(
         self, nodes: Sequence[gs.Node], wanted: Sequence[gs.Tensor], found: Mapping[int, np.ndarray] | None = None
     ) -> dict[int, np.ndarray]:
-        from onnxslim.runtime import Session
+        from onnxslim.runtime import Session, detached
 
         proto, names = self._model(nodes, values=True, found=found)
         by_id = {key: name for name, key in names.items()}
         outputs = [by_id[id(tensor)] for tensor in wanted]
         results = Session(proto, threads=1, outputs=outputs, optimize=False).run({})
-        return {names[name]: np.asarray(value) for name, value in results.items() if name in outputs}
+        return {names[name]: np.asarray(value) for name, value in detached(results).items() if name in outputs}
 
     def _run_alone(self, node: gs.Node, found: Mapping[int, np.ndarray], why: str | None) -> dict[int, np.ndarray]:
         wanted = [tensor for tensor in node.outputs if not tensor.is_empty()]

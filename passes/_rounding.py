@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from onnxslim.passes._codebook import Feedback
 from onnxslim.passes._placement import Anchor, weight_axis
-from onnxslim.passes._qdq import CODE_LIMIT, MIDDLE, Emitter, WeightCodes, quantize_weight
+from onnxslim.passes._qdq import CODE_LIMIT, CORRECTED, MIDDLE, Emitter, WeightCodes, quantize_weight
 from onnxslim.passes._statistics import LinearLayer, Moments, input_moments, linear_layer
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _PART_BYTES = 40 << 20  # of moments, and of the activations that they are taken
 _DAMPING = 1e-3  # of the mean energy of the inputs
 _SWEEPS = 2  # more lower the error by a thousandth
 _BLOCK = 32  # columns whose steps reach the others by one matrix product
-_PART_ELEMENTS = 1 << 20  # of a weight whose codes are chosen at a time
+_PART_ELEMENTS = 1 << 18  # of a weight whose codes are chosen at a time
 
 
 def reconstruct(
@@ -98,13 +98,22 @@ def _in_parts(
 
 def _rounded(emitter: Emitter, anchor: Anchor, layer: LinearLayer, seen: Moments, *, centred: bool) -> WeightCodes:
     plain = emitter.weight_codes(anchor)
-    metric = seen.covariance if centred and layer.node.op != "MatMul" else seen.second
+    metric = _metric(seen, centred=centred and layer.node.op in CORRECTED)
     # The input is rounded as well: noise of a variance of step ** 2 / 12 in each of its elements.
     step = emitter.codes[layer.data.name].read.scale
     np.einsum("gkk->gk", metric)[...] += step**2 / 12
     if not np.isfinite(metric).all():
         return plain
     return _codes(layer, plain, metric, pairs=emitter.adds_in_pairs(anchor))
+
+
+def _metric(seen: Moments, *, centred: bool) -> FloatArray:
+    """The covariance of what a layer reads, or its second moment, ``[G, K, K]``, in the memory of ``seen``."""
+    metric = seen.gram
+    metric /= max(seen.count, 1)
+    if centred:
+        metric -= seen.mean[:, :, None] * seen.mean[:, None, :]
+    return metric
 
 
 def round_stored(
@@ -123,7 +132,7 @@ def round_stored(
     layers = {layer.output.name: layer for layer in linear if layer.shape[2] <= _MOST_INPUTS}
     found: dict[str, WeightCodes] = {}
     for names, seen in _in_parts(model, layers, feeds, sizes, seed):
-        layer, metric = layers[names[0]], seen.second
+        layer, metric = layers[names[0]], _metric(seen, centred=False)
         if seen.count < 2 or not np.isfinite(metric).all():
             continue
         weight = np.asarray(layer.weight.values, np.float32)

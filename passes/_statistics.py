@@ -311,7 +311,7 @@ class Moments:
     def gather(self, x: Array, y: Array | None = None) -> None:
         """Add rows as `add` does, once there are many: for wide layers that is faster. End with `settle`."""
         self._waiting.append((x, y))
-        if sum(rows.shape[1] for rows, _ in self._waiting) >= x.shape[2]:
+        if 2 * sum(rows.shape[1] for rows, _ in self._waiting) >= x.shape[2]:
             self.settle()
 
     def settle(self) -> None:

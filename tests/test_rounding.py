@@ -49,6 +49,24 @@ def test_the_error_falls_and_codes_stay_legal(shape, pairs):
             assert np.sort(np.maximum(signed, 0), axis=2)[:, :, -2:].sum(axis=2).max() <= 128
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_rows_taken_in_parts_get_the_same_codes(pairs, monkeypatch):
+    rows, metric = layer(2, 11, 70, seed=3)
+    codes, scale = codes_of(rows, pairs=pairs)
+    whole = round_rows(rows, codes, scale, metric.copy(), pairs=pairs)
+    monkeypatch.setattr(_rounding, "_PART_ELEMENTS", 2 * 70 * 3)
+    assert np.array_equal(round_rows(rows, codes, scale, metric.copy(), pairs=pairs), whole)
+
+
+def test_no_row_is_worse_than_rounded_one_by_one():
+    rows, metric = layer(3, 20, 50, seed=4)
+    rows[:, ::2] *= 1e-3  # beside large ones, what such a row loses is not seen in a sum
+    codes, scale = codes_of(rows, pairs=False)
+    found = round_rows(rows, codes, scale, metric.copy(), pairs=False)
+    mine, plain = (np.einsum("gok,gkl,gol->go", e, metric, e) for e in (scale * found - rows, scale * codes - rows))
+    assert (mine <= plain * 1.001).all() and np.median(mine / plain) < 0.5
+
+
 def test_small_rows_are_near_the_best_codes():
     rows, metric = layer(20, 1, 4, seed=2)
     codes, scale = codes_of(rows, pairs=False)

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper, parser
 
 from onnxslim.errors import ModelError
 from onnxslim.model import load
-from onnxslim.runtime import Session, Timing, environment, interleaved_latency, max_ir_version, peak_memory
+from onnxslim.runtime import Session, Timing, detached, environment, interleaved_latency, max_ir_version, peak_memory
 
 ADD = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -142,6 +142,14 @@ def test_a_feed_that_does_not_fit_is_a_model_error():
     for feed in ({}, {"x": np.ones((1, 3))}, {"x": np.ones((1, 4), np.float32)}, {"x": x([1, 1, 1]), "z": x(1)}):
         with pytest.raises(ModelError, match="the model"):
             session.run(feed)
+
+
+def test_detached_results_do_not_hold_the_memory_of_a_session():
+    given = Session(model()).run({"x": x([1, 2, 3])})
+    kept = detached({**given, "words": ["a"]})
+    assert not given["y"].flags.owndata and kept["y"].flags.owndata
+    assert np.array_equal(kept["y"], given["y"]) and kept["words"] == ["a"]
+    assert detached(kept)["y"] is kept["y"]
 
 
 def test_sequences_strings_and_bfloat16_go_in_and_out():
