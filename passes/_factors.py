@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from onnxslim.passes._statistics import LinearLayer
 if TYPE_CHECKING:
     from onnxslim.model import Model
 
-__all__ = ["Candidate", "Factors", "plain_matrix", "replace_by_factors", "set_product"]
+__all__ = ["Candidate", "Factors", "factor_nodes", "plain_matrix", "replace_by_factors", "set_product"]
 
 FloatArray = NDArray[np.float64]
 
@@ -32,7 +32,7 @@ class Candidate:
         layer: None where there are no statistics for its layout (constant left side, transposed input).
         rows: how many rows it is applied to in one inference.
         each: what one element of its weight costs.
-        overhead: what a second node costs, whatever it computes.
+        times: microseconds that factors of some ranks take, and under None the whole layer; empty where not measured.
         spectrum: of its output.
         mean: of its inputs, ``[K]``; None without data.
     """
@@ -43,9 +43,19 @@ class Candidate:
     layer: LinearLayer | None
     rows: int = 1
     each: float = 1.0
-    overhead: float = 0.0
+    times: dict[int | None, float] = field(default_factory=dict)
     spectrum: Spectrum | None = None
     mean: FloatArray | None = None
+
+    def cost(self, rank: int | None) -> float:
+        """What factors of a rank cost, between measured ones in proportion; None: what the whole layer costs."""
+        outputs, inputs = self.matrix.shape
+        if self.times and rank is None:
+            return self.times[None]
+        if self.times:
+            measured = sorted(rank for rank in self.times if rank is not None)
+            return float(np.interp(rank or 0, measured, [self.times[rank] for rank in measured]))
+        return float(self.each * (outputs * inputs if rank is None else rank * (outputs + inputs)))
 
 
 @dataclass
@@ -78,13 +88,26 @@ def replace_by_factors(model: Model, candidate: Candidate, fit: Factors) -> None
     node, graph = candidate.node, model.graph
     if fit.shift is not None:
         add_to_bias(model, graph, node, fit.shift)
+    outputs = list(node.outputs)
+    node.outputs.clear()
+    pair = factor_nodes(model, candidate, fit, outputs)
+    position = next(i for i, other in enumerate(graph.nodes) if other is node)
+    node.inputs.clear()
+    if "header" in node.__dict__:
+        pair[1].header = node.header
+    graph.nodes[position : position + 1] = pair
+
+
+def factor_nodes(model: Model, candidate: Candidate, fit: Factors, outputs: list[gs.Tensor]) -> tuple[gs.Node, gs.Node]:
+    """The two nodes that read what a layer reads and make ``outputs``, which nothing makes yet."""
+    node = candidate.node
     dtype = np.dtype(candidate.weight.dtype)
-    name = node.name or node.outputs[0].name
+    name = node.name or outputs[0].name
     stem = candidate.weight.name
     left = node.op == "MatMul" and node.inputs[0] is candidate.weight
-    data, outputs = node.inputs[1 if left else 0], list(node.outputs)
+    data = node.inputs[1 if left else 0]
     bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
-    middle = gs.Variable(model.fresh_name(f"{node.outputs[0].name}_reduced"))
+    middle = gs.Variable(model.fresh_name(f"{outputs[0].name}_reduced"))
 
     def constant(values: FloatArray, suffix: str) -> gs.Constant:
         return gs.Constant(model.fresh_name(f"{stem}_{suffix}"), np.ascontiguousarray(values).astype(dtype))
@@ -115,11 +138,6 @@ def replace_by_factors(model: Model, candidate: Candidate, fit: Factors) -> None
         second_inputs.append(bias)
     elif node.op == "Gemm" and model.opset < 11:
         second_inputs.append(constant(np.zeros(len(fit.second)), "zero"))
-    position = next(i for i, other in enumerate(graph.nodes) if other is node)
-    node.inputs.clear()
-    node.outputs.clear()
     first = gs.Node(node.op, model.fresh_name(f"{name}_reduce"), first_attrs, first_inputs, [middle])
     second = gs.Node(node.op, name, second_attrs, second_inputs, outputs)
-    if "header" in node.__dict__:
-        second.header = node.header
-    graph.nodes[position : position + 1] = [first, second]
+    return first, second

@@ -5,8 +5,8 @@ from __future__ import annotations
 import fnmatch
 import math
 import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from onnxslim.graph.shapes import infer_shapes
 from onnxslim.graph.walk import drop_value_info, hoist_constants
 from onnxslim.node_latency import node_latencies
 from onnxslim.passes._bias import add_to_bias, bias_of
-from onnxslim.passes._factors import Candidate, Factors, plain_matrix, replace_by_factors, set_product
+from onnxslim.passes._factors import Candidate, Factors, factor_nodes, plain_matrix, replace_by_factors, set_product
 from onnxslim.passes._ranks import choose_ranks, spectrum
 from onnxslim.passes._refit import WIDEST, Split, by_input, loss, moments_between, output_errors, refits
 from onnxslim.passes._statistics import Moments, input_moments, linear_layer
@@ -39,6 +39,8 @@ _Option = tuple[FloatArray, tuple[FloatArray, FloatArray] | None]  # a weight [G
 
 SMALL = 1024  # weights: a second node costs more time than such a layer can save
 GROUP_BYTES = 1 << 30
+_TIMED = 4  # ranks of a layer whose factors are run to see what they cost
+_CHOICES = 4  # ranks that a layer should have to choose from
 
 
 class FactorizeLowRank(Pass):
@@ -47,7 +49,7 @@ class FactorizeLowRank(Pass):
     A Gemm or MatMul of ``O x K`` becomes ``r x K`` and ``O x r``; a ``k x k`` convolution one with ``r`` outputs and
     then a 1 x 1 convolution. The factors that lose least are found in the metric of the layer's own inputs (calibration
     data), so that the error is exactly the discarded share of its output's variance; ranks are shared out over all
-    layers by one Lagrange multiplier so that the summed relative error is least for the cost that remains. A layer
+    layers by one Lagrange multiplier so that the summed noise over signal is least for the cost that remains. A layer
     whose factors would not be smaller and quicker stays whole.
 
     With calibration data every linear layer, whole ones too, is then fitted in order to what the original gave
@@ -76,7 +78,7 @@ class FactorizeLowRank(Pass):
         8,
         ge=1,
         le=128,
-        description="ranks are multiples of this (of half or a quarter of it in layers too narrow for it)",
+        description="ranks are multiples of this (of half or a quarter of it in layers too narrow for four of them)",
     )
     recovery: Literal["sequential", "none"] = Field(
         "sequential", description="fit layers one after another to the original on calibration data, or not"
@@ -177,11 +179,13 @@ class FactorizeLowRank(Pass):
                 outcome.refuse("macs", candidate.node.name, "the shape of its output is unknown: counted as one row")
             candidate.each = 1.0 if self.cost == "parameters" else float(candidate.rows)
         if self.cost == "latency" and feeds is not None:
-            _time(model, next(iter(feeds)), candidates)
+            for part in _parts(candidates, lambda candidate: _TIMED * candidate.matrix.nbytes):
+                self._time(model, next(iter(feeds)), part)
         elif self.cost == "latency":
             outcome.refuse("latency", model.graph.name, "no time can be measured without calibration data: MACs count")
         if feeds is not None:
-            for part in _parts([c for c in candidates if c.layer is not None and c.matrix.shape[1] <= WIDEST]):
+            observed = [c for c in candidates if c.layer is not None and c.matrix.shape[1] <= WIDEST]
+            for part in _parts(observed, lambda candidate: 8 * candidate.matrix.shape[1] ** 2):
                 batches = Split(feeds).fitting()
                 moments = input_moments(model, [c.node for c in part], batches, seed=context.seed)
                 for candidate in part:
@@ -193,6 +197,25 @@ class FactorizeLowRank(Pass):
                     outcome.refuse(
                         "calibration", candidate.node.name, "no statistics for this layout or width: plain SVD"
                     )
+
+    def _time(self, model: Model, feed: Feed, candidates: list[Candidate]) -> None:
+        """Run layers and factors of some of their ranks side by side, where they are in the model."""
+        trial = model.copy()
+        twins = {id(node): twin for node, twin in zip(model.graph.nodes, trial.graph.nodes, strict=True)}
+        rng = np.random.default_rng(0)
+        added: dict[int, dict[int | None, list[gs.Node]]] = {}
+        for candidate in candidates:
+            ranks = self._ranks(candidate)
+            if ranks:
+                picked = {ranks[round(place)] for place in np.linspace(0, len(ranks) - 1, _TIMED)}
+                twin = twins[id(candidate.node)]
+                added[id(candidate)] = {
+                    rank: _beside(trial, candidate, twin, rank, rng) for rank in (None, *sorted(picked))
+                }
+        spent = node_latencies(trial, feed)
+        for candidate in candidates:
+            for rank, nodes in added.get(id(candidate), {}).items():
+                candidate.times[rank] = sum(spent.get(id(node), 0.0) for node in nodes)
 
     # --------------------------------------------------------------------------------------------------------- ranks
 
@@ -209,7 +232,7 @@ class FactorizeLowRank(Pass):
             min(outputs, inputs),
         )
         step = self.rank_multiple
-        while step > 1 and limit < 2 * step and step > self.rank_multiple // 4:
+        while step > 1 and limit < _CHOICES * step and step > self.rank_multiple // 4:
             step = max(1, step // 2)
         return list(range(step, limit + 1, step))
 
@@ -219,22 +242,23 @@ class FactorizeLowRank(Pass):
         for candidate in candidates:
             outputs, inputs = candidate.matrix.shape
             ranks = self._ranks(candidate)
-            if ranks:
-                open_to.append((candidate, ranks))
+            most = (1 - self.min_gain) * candidate.cost(None)
+            if cheaper := [rank for rank in ranks if candidate.cost(rank) <= most]:
+                open_to.append((candidate, cheaper))
             else:
-                outcome.refuse("low-rank", candidate.node.name, f"no rank makes {outputs} x {inputs} smaller by enough")
+                gain = "faster" if ranks else "smaller"
+                outcome.refuse("low-rank", candidate.node.name, f"no rank makes {outputs} x {inputs} {gain} by enough")
         if not open_to:
             return {}
         errors, costs = [], []
         for candidate, ranks in open_to:
             assert candidate.spectrum is not None
-            outputs, inputs = candidate.matrix.shape
-            each, more = candidate.each, candidate.overhead
-            errors.append([*(candidate.spectrum.error(rank) for rank in ranks), 0.0])
-            costs.append([*(each * rank * (outputs + inputs) + more for rank in ranks), each * outputs * inputs])
+            errors.append([*(_noise(candidate.spectrum.error(rank)) for rank in ranks), 0.0])
+            costs.append([candidate.cost(rank) for rank in (*ranks, None)])
         whole = sum(cost[-1] for cost in costs)
         if self.energy is not None:
-            choice = [next(i for i, e in enumerate(error) if e <= 1 - self.energy) for error in errors]
+            enough = _noise(1 - self.energy)
+            choice = [next(i for i, e in enumerate(error) if e <= enough) for error in errors]
         else:
             choice = choose_ranks(errors, costs, self.keep * whole)
         remaining = sum(cost[i] for cost, i in zip(costs, choice, strict=True))
@@ -360,6 +384,11 @@ class FactorizeLowRank(Pass):
         return fits, {}
 
 
+def _noise(share: float) -> float:
+    """Noise over the signal that is left, where a share of a layer's variance is lost: nothing makes up for all."""
+    return share / max(1 - share, 1e-6)
+
+
 def _may_be_split(node: gs.Node) -> bool:
     return node.op in ("Conv", "Gemm", "MatMul") and node.domain in (None, "", "ai.onnx")
 
@@ -394,20 +423,34 @@ def _take_moments(candidate: Candidate, moments: Moments) -> None:
     candidate.mean = moments.mean[0] if centred else None
 
 
-def _time(model: Model, feed: Feed, candidates: list[Candidate]) -> None:
-    """Charge layers with the time that they take, and a second node with that of the least kernel."""
-    spent = node_latencies(model, feed)
-    for candidate in candidates:
-        candidate.each = spent.get(id(candidate.node), 0.0) / candidate.matrix.size
-        candidate.overhead = min((time for time in spent.values() if time > 0), default=0.0)
+def _beside(
+    model: Model, candidate: Candidate, twin: gs.Node, rank: int | None, rng: np.random.Generator
+) -> list[gs.Node]:
+    """Add a layer again, or factors of a rank, made up, which read what its twin in ``model`` reads."""
+    result = gs.Variable(model.fresh_name("timed"), candidate.weight.dtype)
+    slot = next(slot for slot, tensor in enumerate(candidate.node.inputs) if tensor is candidate.weight)
+    if rank is None:
+        weight = twin.inputs[slot]
+        values = rng.normal(size=weight.shape).astype(weight.dtype)
+        inputs = [*twin.inputs]
+        inputs[slot] = gs.Constant(model.fresh_name(weight.name), values)
+        nodes = [gs.Node(twin.op, model.fresh_name(twin.name), dict(twin.attrs), inputs, [result])]
+    else:
+        outputs, width = candidate.matrix.shape
+        fit = Factors(rng.normal(size=(rank, width)), rng.normal(size=(outputs, rank)), None)
+        again = replace(candidate, node=twin, weight=twin.inputs[slot])
+        nodes = list(factor_nodes(model, again, fit, [result]))
+    model.graph.nodes.extend(nodes)
+    model.graph.outputs.append(result)
+    return nodes
 
 
-def _parts(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
-    """Candidates in parts whose moments fit in memory together."""
+def _parts(candidates: list[Candidate], size: Callable[[Candidate], int]) -> Iterator[list[Candidate]]:
+    """Candidates in parts that fit in memory together, by the bytes that each takes."""
     part: list[Candidate] = []
     held = 0
     for candidate in candidates:
-        need = 8 * candidate.matrix.shape[1] ** 2
+        need = size(candidate)
         if part and held + need > GROUP_BYTES:
             yield part
             part, held = [], 0
