@@ -42,6 +42,8 @@ __all__ = [
 FloatArray = NDArray[np.float64]
 CORRECTED = frozenset({"Conv", "Gemm"})  # whose bias can take a correction
 LEVELS = 255
+_ROUNDED_BETWEEN = ("Conv", "ConvTranspose", "Gemm")  # by ONNX Runtime, whose float weights it makes int8 there
+_CLAMPS = ("Relu", "Clip")
 MIDDLE = 128  # the code that is 0 in int8
 CODE_LIMIT = 127
 _EXACT_STEPS = 8
@@ -167,6 +169,7 @@ class Emitter:
         self._nodes: list[gs.Node] = []
         self._quantized: dict[str, gs.Variable] = {}
         self._fed: dict[str, gs.Variable] = {}
+        self._doubles: dict[str, gs.Variable] = {}
         self._scalars: dict[tuple[str, float], gs.Constant] = {}
         self._zeros: dict[tuple[int, ...], gs.Constant] = {}
         self._weights: dict[tuple[int, int | None, bytes, int], tuple[gs.Tensor, gs.Constant]] = {}
@@ -189,6 +192,8 @@ class Emitter:
             elif name in placement.propagators:
                 self._emit_propagator(node, placement.propagators[name].kind)
             else:
+                if self.runtime.rounds_between and self._is_between(node):
+                    node.inputs[0] = self._doubled(node.inputs[0])
                 self._nodes.append(node)
         placement.graph.nodes = self._nodes
 
@@ -266,6 +271,27 @@ class Emitter:
         self.placement.graph.inputs.append(target)
         self.probes[anchor.name] = (target.name, delta.name)
         return result
+
+    def _is_between(self, node: gs.Node) -> bool:
+        """Whether a layer that stays float reads codes, and its result becomes codes, perhaps behind an activation."""
+        if node.op not in _ROUNDED_BETWEEN or node.domain or node.inputs[0].name not in self.placement.carried:
+            return False
+        written = {chain.source.name for chain in self.placement.chains.values()} | self.placement.fed
+        results = list(node.outputs)
+        results += [tensor for user in node.outputs[0].outputs if user.op in _CLAMPS for tensor in user.outputs]
+        return any(tensor.name in written for tensor in results)
+
+    def _doubled(self, tensor: gs.Tensor) -> gs.Tensor:
+        """The tensor read with half of its scale, and doubled: the same, and not what a DequantizeLinear gives."""
+        if tensor.name not in self._doubles:
+            half, result = self._variable("h", np.float32), self._variable("g", np.float32)
+            code = self.codes[tensor.name].read
+            again = self._dequantize(self._quantized[tensor.name], Code(code.scale / 2, code.zero), half)
+            again.name = half.name
+            self._nodes.append(again)
+            self._nodes.append(gs.Node("Mul", result.name, inputs=[half, self._scale(2.0)], outputs=[result]))
+            self._doubles[tensor.name] = result
+        return self._doubles[tensor.name]
 
     # ------------------------------------------------------------------------------------------------------ tensors
 

@@ -438,6 +438,9 @@ def test_fused_kernels_do_not_saturate(options):
     np.testing.assert_allclose(fused, exact, rtol=0.01)
 
 
+BOUNDS = {"Relu": (), "Clip": (("low", 0.0), ("high", 6.0))}
+
+
 def thin_stem(channels: int = 3, kernel: int = 3):
     b = Builder()
     b.node("Relu", [b.conv("x", "stem", channels, 32, kernel=kernel)], "r")
@@ -459,6 +462,67 @@ def test_a_convolution_of_few_channels_stays_float_and_precise(monkeypatch, chan
     assert decibels(proto, model, images(channels=channels, size=32, seed=7)) > 25
     other, _ = quantize(proto, images(channels=channels, size=32), only_if_faster=True, runtime="openvino")
     assert not isinstance(next(node for node in other.graph.nodes if node.op == "Conv").inputs[1], gs.Constant)
+
+
+@pytest.mark.parametrize("behind", ["", "Relu", "Clip"])
+@pytest.mark.parametrize("weight_only", [False, True])
+def test_an_excluded_convolution_between_codes_is_computed_in_float(tmp_path: Path, behind: str, weight_only: bool):
+    b = Builder()
+    b.node("Relu", [b.conv("x", "c", 8, 16)], "r")
+    kept = b.conv("r", "kept", 16, 16)
+    if behind:
+        kept = b.node(behind, [kept, *(b.constant(e, np.float32(v)) for e, v in BOUNDS[behind])], "k")
+    b.conv(kept, "c2", 16, 16)
+    b.node("Add", ["c2", "r"], "sum")
+    b.conv("sum", "y", 16, 8)
+    proto = b.model({"x": ["n", 8, 12, 12]}, {"y": ["n", 8, 12, 12]})
+    model, outcome = quantize(proto, images(channels=8), exclude=("kept",), weight_only=weight_only)
+    assert "kept" in {refusal.node for refusal in outcome.refusals}
+    found = fused(model, tmp_path)
+    assert found["QLinearConv"] == 3 and found["Conv"] + found["FusedConv"] == 1
+    feed = images(channels=8, seed=5)[0]
+    got, exact = Session(model).run(feed)["y"], Session(model, optimize=False).run(feed)["y"]
+    np.testing.assert_allclose(got, exact, atol=0.05 * float(np.abs(exact).max()))
+
+
+def test_transposed_convolutions_and_excluded_gemms_between_codes_are_computed_in_float(tmp_path: Path):
+    b = Builder()
+    b.conv("x", "c", 8, 16)
+    b.node("ConvTranspose", ["c", b.weight("up_w", 16, 16, 2, 2)], "up", strides=[2, 2])
+    b.conv("up", "c2", 16, 16)
+    b.node("GlobalAveragePool", ["c2"], "pool")
+    b.node("Flatten", ["pool"], "flat")
+    b.node("Gemm", ["flat", b.weight("w1", 64, 16), b.weight("b1", 64)], "kept", transB=1)
+    b.node("Gemm", ["kept", b.weight("w2", 32, 64)], "y", transB=1)
+    proto = b.model({"x": ["n", 8, 12, 12]}, {"y": ["n", 32]})
+    model, _ = quantize(proto, images(channels=8), exclude=("kept",))
+    found = fused(model, tmp_path)
+    # A weight that was made int8 would be dequantized whenever the model runs.
+    assert found["ConvTranspose"] == 1 and found["Gemm"] == 1 and found["QGemm"] == 1
+    assert found["DequantizeLinear"] == 2
+    assert decibels(proto, model, images(channels=8, seed=7)) > 25
+
+
+@pytest.mark.parametrize(
+    ("groups", "outputs", "narrow"), [(16, 32, True), (8, 16, True), (4, 32, True), (2, 16, False), (16, 16, False)]
+)
+def test_convolutions_of_narrow_groups_are_computed_in_float(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: int, outputs: int, narrow: bool
+):
+    monkeypatch.setattr("onnxslim.passes.quantize_static._speed", lambda *_: 2.0)
+    b = Builder()
+    b.node("Relu", [b.conv("x", "c", 8, 16)], "r")
+    b.node("Relu", [b.conv("r", "g", 16, outputs, groups=groups)], "rg")
+    b.conv("rg", "y", outputs, 32)
+    proto = b.model({"x": ["n", 8, 24, 24]}, {"y": ["n", 32, 24, 24]})
+    feeds = images(channels=8, size=24)
+    model, outcome = quantize(proto, feeds, only_if_faster=True)
+    assert ("groups of so few channels" in whys(outcome)) == narrow
+    found = fused(model, tmp_path)
+    assert found["QLinearConv"] == (2 if narrow else 3) and found["Conv"] + found["FusedConv"] == (1 if narrow else 0)
+    assert decibels(proto, model, images(channels=8, size=24, seed=7)) > 25
+    everything, _ = quantize(proto, feeds)
+    assert fused(everything, tmp_path)["QLinearConv"] == 3
 
 
 @pytest.mark.parametrize(("axes", "keepdims", "opset"), [([2, 3], 0, 17), ([-1, 2], 1, 13), ([2, 3], 0, 18)])
