@@ -192,7 +192,7 @@ class Emitter:
             elif name in placement.propagators:
                 self._emit_propagator(node, placement.propagators[name].kind)
             else:
-                if self.runtime.rounds_between and self._is_between(node):
+                if self.runtime.moves_codes and self._is_between(node):
                     node.inputs[0] = self._doubled(node.inputs[0])
                 self._nodes.append(node)
         placement.graph.nodes = self._nodes
@@ -284,14 +284,19 @@ class Emitter:
     def _doubled(self, tensor: gs.Tensor) -> gs.Tensor:
         """The tensor read with half of its scale, and doubled: the same, and not what a DequantizeLinear gives."""
         if tensor.name not in self._doubles:
-            half, result = self._variable("h", np.float32), self._variable("g", np.float32)
+            half = self._variable("h", np.float32)
             code = self.codes[tensor.name].read
             again = self._dequantize(self._quantized[tensor.name], Code(code.scale / 2, code.zero), half)
             again.name = half.name
             self._nodes.append(again)
-            self._nodes.append(gs.Node("Mul", result.name, inputs=[half, self._scale(2.0)], outputs=[result]))
-            self._doubles[tensor.name] = result
+            self._doubles[tensor.name] = self._twice(half)
         return self._doubles[tensor.name]
+
+    def _twice(self, tensor: gs.Tensor) -> gs.Tensor:
+        """A tensor times two, which is exact."""
+        result = self._variable("g", np.float32)
+        self._nodes.append(gs.Node("Mul", result.name, inputs=[tensor, self._scale(2.0)], outputs=[result]))
+        return result
 
     # ------------------------------------------------------------------------------------------------------ tensors
 
@@ -303,8 +308,13 @@ class Emitter:
         if tensor.name in self.placement.carried:
             return tensor
         if tensor.name not in self._fed:
-            result = self._variable("f", np.float32)
-            self._write_codes(tensor, result, self.codes[tensor.name])
+            result, code = self._variable("f", np.float32), self.codes[tensor.name]
+            raw = tensor
+            if self.runtime.moves_codes and tensor.inputs and tensor.inputs[0].op == "MaxPool":
+                # Behind a float layer, pooling of codes takes more than ten times as long as in float.
+                raw = self._twice(tensor)
+                code = TensorCode(Code(2 * code.write.scale, code.write.zero), code.read)
+            self._write_codes(raw, result, code)
             self._fed[tensor.name] = result
         return self._fed[tensor.name]
 

@@ -22,8 +22,8 @@ class Runtime:
         carries: results are quantized where they are made, and ops between layers run on codes; otherwise codes are
             only what layers with weights read, and the runtime moves them through the graph by itself.
         integer_bias: biases are int32 with a scale of their own, not float.
-        rounds_between: a float layer that reads codes, and whose result becomes codes, has its weight rounded and is
-            computed in int8 all the same.
+        moves_codes: a float layer that reads codes, and whose result becomes codes, has its weight rounded and is
+            computed in int8 all the same; a float MaxPool whose result becomes codes is computed on codes.
         direct_float: float convolutions of few channels, or of groups of few, are computed directly, which beats int8
             by way of patches.
     """
@@ -32,7 +32,7 @@ class Runtime:
     symmetric: bool
     carries: bool
     integer_bias: bool
-    rounds_between: bool = False
+    moves_codes: bool = False
     direct_float: bool = False
 
     @property
@@ -44,9 +44,9 @@ class Runtime:
 RUNTIMES: dict[RuntimeName, Runtime] = {
     # A kernel is fused only if its result is quantized too. On x64 the kernels for uint8 are the fast ones.
     "onnxruntime": Runtime(
-        signed=False, symmetric=False, carries=True, integer_bias=True, rounds_between=True, direct_float=True
+        signed=False, symmetric=False, carries=True, integer_bias=True, moves_codes=True, direct_float=True
     ),
-    "onnxruntime-arm": Runtime(signed=True, symmetric=False, carries=True, integer_bias=True, rounds_between=True),
+    "onnxruntime-arm": Runtime(signed=True, symmetric=False, carries=True, integer_bias=True, moves_codes=True),
     # Every input of a layer is quantized; what follows it is fused without being told.
     "openvino": Runtime(signed=False, symmetric=False, carries=False, integer_bias=False),
     "tensorrt": Runtime(signed=True, symmetric=True, carries=False, integer_bias=False),

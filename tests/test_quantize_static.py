@@ -525,6 +525,22 @@ def test_convolutions_of_narrow_groups_are_computed_in_float(
     assert fused(everything, tmp_path)["QLinearConv"] == 3
 
 
+def test_pooling_behind_a_float_stem_is_done_in_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("onnxslim.passes.quantize_static._speed", lambda *_: 2.0)
+    b = Builder()
+    b.node("Relu", [b.conv("x", "stem", 3, 16)], "r")
+    b.node("MaxPool", ["r"], "pool", kernel_shape=[3, 3], strides=[2, 2])
+    b.conv("pool", "y", 16, 32)
+    proto = b.model({"x": ["n", 3, 25, 25]}, {"y": ["n", 32, 12, 12]})
+    model, _ = quantize(proto, images(size=25), only_if_faster=True)
+    assert fused(model, tmp_path)["QLinearConv"] == 1
+    graph = onnx.load(tmp_path / "optimised.onnx").graph
+    pool = next(node for node in graph.node if node.op_type == "MaxPool")
+    producer = next(node for node in graph.node if pool.input[0] in node.output)
+    assert producer.op_type != "QuantizeLinear"
+    assert decibels(proto, model, images(size=25, seed=7)) > 25
+
+
 @pytest.mark.parametrize(("axes", "keepdims", "opset"), [([2, 3], 0, 17), ([-1, 2], 1, 13), ([2, 3], 0, 18)])
 def test_a_mean_over_the_map_is_pooled_on_codes(tmp_path: Path, axes: list[int], keepdims: int, opset: int):
     b = Builder()
