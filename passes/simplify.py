@@ -27,6 +27,8 @@ from onnxslim.passes.base import Context, Outcome, Pass
 
 __all__ = ["Simplify"]
 
+_TRACES = ("pkg.torch.", "pkg.onnxscript.")  # first parts of keys
+
 
 class Simplify(Pass):
     """Remove what changes nothing: dead code, no-ops, duplicates, dead branches; fold BatchNormalization into weights.
@@ -35,6 +37,8 @@ class Simplify(Pass):
     bodies of If, Loop and Scan and in local functions alike. Each drops or merges nodes only where the result is
     provably the same, bit for bit; only folding a BatchNormalization, and laying down a convolution along one axis,
     round differently, as two runtimes would.
+
+    What the exporter of PyTorch notes of where nodes come from (stack traces, module names) is dropped as well.
 
     Never: a graph input or output, its name, order or declared dimensions; random and unknown operators (dead unknown
     ones neither); initializers that a caller may override.
@@ -63,7 +67,9 @@ class Simplify(Pass):
     def rules(self) -> tuple[str, ...]:
         """The names of the rules."""
         names = {rule.name for rule in (*_RULES, *LAYOUT_RULES, merge_equal_sizes(), merge_nodes())}
-        return tuple(sorted(names | {"fold-constants", "dead-node", "merge-initializers", "drop-unused"}))
+        return tuple(
+            sorted(names | {"fold-constants", "dead-node", "merge-initializers", "drop-unused", "drop-traces"})
+        )
 
 
 _RULES: tuple[Rule, ...] = (
@@ -93,6 +99,7 @@ def _rewrite(model: Model, rules: tuple[Rule, ...], context: Context, outcome: O
     _drop_unused_initializers(model, ledger)
     _drop_unused_functions(model, ledger)
     _drop_unused_imports(model, ledger)
+    _drop_traces(model, ledger)
 
 
 def _passes_inference(model: Model) -> bool:
@@ -157,3 +164,26 @@ def _drop_unused_imports(model: Model, ledger: Ledger) -> None:
             continue
         model.header.opset_import.remove(entry)
         ledger.change("drop-unused", entry.domain, "removed the import of an operator set that no node uses")
+
+
+def _drop_traces(model: Model, ledger: Ledger) -> None:
+    """Drop what PyTorch's exporter notes of where nodes come from: in a small model as many bytes as the weights."""
+    holders = [holder for graph in model.graphs() for holder in (graph, *graph.nodes) if "header" in holder.__dict__]
+    traced = [holder for holder in holders if any(_is_trace(entry) for entry in holder.header.metadata_props)]
+    if not traced or not ledger.allows("drop-traces", "all graphs"):
+        return
+    dropped = 0
+    for holder in traced:
+        kept = type(holder.header)()
+        kept.CopyFrom(holder.header)  # others may hold the same one
+        del kept.metadata_props[:]
+        kept.metadata_props.extend(entry for entry in holder.header.metadata_props if not _is_trace(entry))
+        dropped += holder.header.ByteSize() - kept.ByteSize()
+        holder.header = kept
+    ledger.change(
+        "drop-traces", "all graphs", f"removed {dropped} bytes of stack traces and module names of the exporter"
+    )
+
+
+def _is_trace(entry: onnx.StringStringEntryProto) -> bool:
+    return entry.key == "namespace" or bool(entry.key.startswith(_TRACES))

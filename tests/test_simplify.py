@@ -542,3 +542,37 @@ def test_a_convolution_that_a_body_reads_keeps_its_batchnorm():
     feeds = [{"c": np.array(flag), "x": plain(1, 4, 3, 3)} for flag in (True, False)]
     model, _ = rewrite(source, Simplify(), feeds=feeds)
     assert ops(model)["BatchNormalization"] == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- traces
+
+
+TRACE_KEYS = ("pkg.torch.onnx.stack_trace", "pkg.onnxscript.rewriter.rule_name", "namespace")
+
+
+def traced():
+    proto = parse(
+        "g (float[2, 3] x, bool c) => (float[2, 3] y) { z = Relu(x) y = If(c) <"
+        "then_branch = t() => (float[2, 3] a) {a = Neg(z)}, else_branch = e() => (float[2, 3] b) {b = Abs(z)}> }"
+    )
+    branch = next(node for node in proto.graph.node if node.op_type == "If").attribute[0].g
+    for holder in (proto.graph, proto.graph.node[0], branch.node[0]):
+        for key in (*TRACE_KEYS, "namespaces", "pkg.mine"):
+            holder.metadata_props.add(key=key, value="model.py, line 3")
+    return proto
+
+
+def test_stack_traces_of_the_exporter_are_dropped_and_other_notes_kept():
+    proto = traced()
+    model = load(proto)
+    other = model.copy()
+    outcome = Simplify().run(model, Context())
+    assert [change.rule for change in outcome.changes] == ["drop-traces"]
+    result = model.to_proto()
+    branch = next(node for node in result.graph.node if node.op_type == "If").attribute[0].g
+    for holder in (result.graph, result.graph.node[0], branch.node[0]):
+        assert [entry.key for entry in holder.metadata_props] == ["namespaces", "pkg.mine"]
+    assert other.to_proto() == load(proto).to_proto()
+    model = load(proto)
+    assert not Simplify().run(model, Context(skip_rules=frozenset({"drop-traces"}))).changes
+    assert len(model.to_proto().graph.node[0].metadata_props) == 5
