@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -109,6 +109,7 @@ class Quantizer:
         nodes, tensors, clipped: how many layers and tensors are in int8, and how many of these have values outside.
         macs, quantized: multiply-accumulates of all layers that could be in int8, and of those that are.
         error: of the outputs, on held-back samples.
+        split: of the data, where that was looked at.
     """
 
     options: QuantizeStatic
@@ -131,6 +132,7 @@ class Quantizer:
     macs: float = 0.0
     quantized: float = 0.0
     error: float | None = None
+    split: _Split | None = None
 
     def run(self) -> None:
         """Calibrate, correct, and rewrite the model."""
@@ -150,7 +152,7 @@ class Quantizer:
         else:
             try:
                 batch = self._observe(self.data, anchors, shapes)
-                split = self._split(self.data, batch)
+                self.split = split = self._split(self.data, batch)
                 plan = self._plan(split) if self._place(self.model).anchors else _Plan({})
             except ModelError as error:  # perhaps in int8 only: there may be no kernel for its operator set
                 self.outcome.refuse("qdq", "model", f"it does not run where it is to be calibrated: {error}")
@@ -193,7 +195,7 @@ class Quantizer:
                         plan.rounded[name] = codes.codes(_weight(node), axis)
             except ValueError as error:
                 raise ModelError(f"the plan of layer {name!r} cannot be applied: {error}") from None
-        self._put(on_grid)
+        _put(self.model, on_grid)
         return plan
 
     def _stored(self, plan: _Plan, digest: str) -> GraphPlan:
@@ -466,23 +468,36 @@ class Quantizer:
                 break
         for name, chosen in codes.items():
             self.on_grid[name] = StoredCodes.of(chosen, _weight(nodes[name]), weight_axis(nodes[name]))
-        self._put(codes)
+        _put(self.model, codes)
 
     def _emitted_storing(self, plan: _Plan, layers: Collection[str], codes: dict[str, WeightCodes]) -> Model:
         """What is emitted, with the weights of some float layers stored in int8."""
         trial = replace(self, model=self.model.copy())
-        trial._put(codes)
+        _put(trial.model, codes)
         result = trial._emitted(plan)
         quantize_stored_weights(result, lambda node: not is_one_of(layers, node), Outcome())
         return result
 
-    def _put(self, rounded: dict[str, WeightCodes]) -> None:
-        """Give layers the weights that codes stand for, but for those that others share."""
-        for node in self.model.graph.nodes:
-            name = node.outputs[0].name if node.outputs else ""
-            if name in rounded and len(node.inputs[1].outputs) == 1:
-                values = dequantize_weight(rounded[name], weight_axis(node))
-                node.inputs[1] = gs.Constant(self.model.fresh_name(node.inputs[1].name), values)
+    def round_float(self, model: Model, skip: Callable[[gs.Node], bool]) -> None:
+        """Round weights of the float model to what int8 stores, for what layers give, where that lowers its error.
+
+        Args:
+            model: the graph before it was quantized; changed.
+            skip: whether a node is to keep its weights.
+        """
+        if not (self.options.reconstruct and self.split and self.split.honest):
+            return
+        layers = [node for node in model.graph.nodes if not skip(node)]
+        rounded = round_stored(model, layers, self.split.fit, self._sizes(self.split), seed=self.context.seed)
+        judge = Judge.of(model, self.split.held())
+        errors = []
+        for codes in ({}, rounded):
+            trial = model.copy()
+            _put(trial, codes)
+            quantize_stored_weights(trial, skip, Outcome())
+            errors.append(judge.error(trial))
+        if errors[1] < errors[0]:
+            _put(model, rounded)
 
     def _rounded(self, split: _Split, plan: _Plan) -> _Plan | None:
         """The plan with weights rounded for what layers give; None where that is not wanted, or cannot be judged."""
@@ -658,6 +673,15 @@ class _Progress:
         self.done += 1
         share = min(1.0, self.done / self.batches)
         self.context.progress(round(self.start + share * (self.end - self.start)), 100)
+
+
+def _put(model: Model, rounded: Mapping[str, WeightCodes]) -> None:
+    """Give layers the weights that codes stand for, but for those that others share."""
+    for node in model.graph.nodes:
+        name = node.outputs[0].name if node.outputs else ""
+        if name in rounded and len(node.inputs[1].outputs) == 1:
+            values = dequantize_weight(rounded[name], weight_axis(node))
+            node.inputs[1] = gs.Constant(model.fresh_name(node.inputs[1].name), values)
 
 
 def _weight(node: gs.Node) -> NDArray[np.float32]:

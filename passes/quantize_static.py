@@ -119,6 +119,10 @@ class QuantizeStatic(Pass):
         outcome.numbers |= _numbers(runs, data)
         found = QuantizationPlan(graphs=[run.stored for run in runs if run.stored is not None])
         precise = {name for run in runs for name in (*run.precise, *run.thin)}
+
+        def precisely(node: gs.Node) -> bool:
+            return matches(node, self.exclude) or is_one_of(precise, node)
+
         if (
             outcome.changes
             and self.only_if_faster
@@ -134,10 +138,11 @@ class QuantizeStatic(Pass):
                 hoist_constants(model)
                 # What let int8 hold their weights, rounding them for what they give, is undone as well.
                 precise |= {name for run in runs for name in run.kept}
+                if self.weight_only and runs:
+                    with one_blas_thread():
+                        runs[0].round_float(model, precisely)
         if self.weight_only and model.opset >= _BROADCAST_OPSET:
-            stored = quantize_stored_weights(
-                model, lambda node: matches(node, self.exclude) or is_one_of(precise, node), outcome
-            )
+            stored = quantize_stored_weights(model, precisely, outcome)
             outcome.numbers["weights stored in int8 only"] = float(stored)
         size_before, size_after = (_file_size(version) for version in (before, model))
         if outcome.changes and size_after >= size_before:

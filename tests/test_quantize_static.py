@@ -525,6 +525,26 @@ def test_convolutions_of_narrow_groups_are_computed_in_float(
     assert fused(everything, tmp_path)["QLinearConv"] == 3
 
 
+def test_weights_of_a_model_that_stays_float_are_rounded_for_what_layers_give(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("onnxslim.passes.quantize_static._speed", lambda *_: 0.5)
+    b = Builder()
+    b.node("Relu", [b.conv("x", "c1", 8, 32)], "r1")
+    b.node("Relu", [b.conv("r1", "c2", 32, 32)], "r2")
+    b.conv("r2", "y", 32, 16)
+    proto = b.model({"x": ["n", 8, 12, 12]}, {"y": ["n", 16, 12, 12]})
+    found = {}
+    # Channels that go together, as those of natural images and of wide layers do.
+    alike, others = (
+        [{"x": feed["x"][:, :1] + 0.1 * feed["x"]} for feed in images(channels=8, seed=seed)] for seed in (0, 7)
+    )
+    for rounds in (False, True):
+        model, outcome = quantize(proto, alike, only_if_faster=True, reconstruct=rounds)
+        assert "int8 ran at 0.50 times" in whys(outcome) and outcome.numbers["share of weights in int8"] > 0.99
+        assert not {"QuantizeLinear", "DequantizeLinear"} & ops(model).keys()
+        found[rounds] = decibels(proto, model, others)
+    assert found[True] > found[False] + 3
+
+
 def test_pooling_behind_a_float_stem_is_done_in_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("onnxslim.passes.quantize_static._speed", lambda *_: 2.0)
     b = Builder()
