@@ -80,8 +80,8 @@ class QuantizeStatic(Pass):
     weight_only: bool = Field(True, description="store the weights that have no integer kernel in int8 as well")
     only_if_faster: bool = Field(
         True,
-        description="compute in float where int8 is slower: convolutions of three channels, and what is measured so "
-        "here; weights are stored in int8 all the same",
+        description="compute in float where int8 is slower: convolutions of three channels or of groups of four, and "
+        "what is measured so here; weights are stored in int8 all the same",
     )
     equalize: bool = Field(True, description="scale channels between layers such that one step fits all of them")
     exclude: tuple[str, ...] = Field((), description="nodes kept in float: shell patterns of names or ops")
