@@ -122,6 +122,8 @@ def observe(
     Raises:
         ModelError: ONNX Runtime cannot run the model, or a feed does not fit it.
     """
+    if not names:
+        return {}
     steps = steps or {}
     watched = model.copy()
     watching = {name: _fetch(watched, tensor, steps.get(name)) for name, tensor in _by_name(watched.graph, names)}

@@ -44,6 +44,7 @@ CORRECTED = frozenset({"Conv", "Gemm"})  # whose bias can take a correction
 LEVELS = 255
 _ROUNDED_BETWEEN = ("Conv", "ConvTranspose", "Gemm")  # by ONNX Runtime, whose float weights it makes int8 there
 _CLAMPS = ("Relu", "Clip")
+_PASSED_BACK = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")  # by ONNX Runtime, to a MaxPool
 MIDDLE = 128  # the code that is 0 in int8
 CODE_LIMIT = 127
 _EXACT_STEPS = 8
@@ -310,7 +311,7 @@ class Emitter:
         if tensor.name not in self._fed:
             result, code = self._variable("f", np.float32), self.codes[tensor.name]
             raw = tensor
-            if self.runtime.moves_codes and tensor.inputs and tensor.inputs[0].op == "MaxPool":
+            if self.runtime.moves_codes and _is_pooled(tensor):
                 # Behind a float layer, pooling of codes takes more than ten times as long as in float.
                 raw = self._twice(tensor)
                 code = TensorCode(Code(2 * code.write.scale, code.write.zero), code.read)
@@ -418,6 +419,13 @@ def channel_mean(model: Model, anchor: Anchor, source: gs.Tensor, result: gs.Var
         return gs.Node("ReduceMean", result.name, {"axes": axes, "keepdims": 1}, inputs=[source], outputs=[result])
     constant = gs.Constant(model.fresh_name(f"{result.name}_axes"), np.asarray(axes, np.int64))
     return gs.Node("ReduceMean", result.name, {"keepdims": 1}, inputs=[source, constant], outputs=[result])
+
+
+def _is_pooled(tensor: gs.Tensor) -> bool:
+    """Whether a MaxPool makes a tensor, or what is only laid out in another way."""
+    while tensor.inputs and tensor.inputs[0].op in _PASSED_BACK:
+        tensor = tensor.inputs[0].inputs[0]
+    return bool(tensor.inputs) and tensor.inputs[0].op == "MaxPool"
 
 
 def _depthwise(node: gs.Node) -> bool:

@@ -545,15 +545,21 @@ def test_weights_of_a_model_that_stays_float_are_rounded_for_what_layers_give(mo
     assert found[True] > found[False] + 3
 
 
-def test_pooling_behind_a_float_stem_is_done_in_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("flat", [False, True])
+def test_pooling_behind_a_float_stem_is_done_in_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flat: bool):
     monkeypatch.setattr("onnxslim.passes.quantize_static._speed", lambda *_: 2.0)
     b = Builder()
     b.node("Relu", [b.conv("x", "stem", 3, 16)], "r")
-    b.node("MaxPool", ["r"], "pool", kernel_shape=[3, 3], strides=[2, 2])
-    b.conv("pool", "y", 16, 32)
-    proto = b.model({"x": ["n", 3, 25, 25]}, {"y": ["n", 32, 12, 12]})
+    last = b.node("MaxPool", ["r"], "pool", kernel_shape=[3, 3], strides=[2, 2])
+    if flat:
+        last = b.node("Reshape", [last, b.constant("rows", np.array([-1, 16 * 12 * 12]))], "row")
+        b.node("Gemm", [last, b.weight("fc", 10, 16 * 12 * 12)], "y", transB=1)
+    else:
+        b.conv(last, "y", 16, 32)
+    proto = b.model({"x": ["n", 3, 25, 25]}, {"y": ["n", 10] if flat else ["n", 32, 12, 12]})
     model, _ = quantize(proto, images(size=25), only_if_faster=True)
-    assert fused(model, tmp_path)["QLinearConv"] == 1
+    found = fused(model, tmp_path)
+    assert found["QLinearConv"] + found["QGemm"] == 1
     graph = onnx.load(tmp_path / "optimised.onnx").graph
     pool = next(node for node in graph.node if node.op_type == "MaxPool")
     producer = next(node for node in graph.node if pool.input[0] in node.output)
