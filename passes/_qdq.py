@@ -174,6 +174,8 @@ class Emitter:
         self._scalars: dict[tuple[str, float], gs.Constant] = {}
         self._zeros: dict[tuple[int, ...], gs.Constant] = {}
         self._weights: dict[tuple[int, int | None, bytes, int], tuple[gs.Tensor, gs.Constant]] = {}
+        # What a QuantizeLinear reads, but for the results of layers in int8.
+        self._written = {chain.source.name for chain in self.placement.chains.values()} | self.placement.fed
         # A node reads something else once it is rewritten.
         self._inputs = {name: anchor.node.inputs[0].name for name, anchor in self.placement.anchors.items()}
 
@@ -277,10 +279,9 @@ class Emitter:
         """Whether a layer that stays float reads codes, and its result becomes codes, perhaps behind an activation."""
         if node.op not in _ROUNDED_BETWEEN or node.domain or node.inputs[0].name not in self.placement.carried:
             return False
-        written = {chain.source.name for chain in self.placement.chains.values()} | self.placement.fed
         results = list(node.outputs)
         results += [tensor for user in node.outputs[0].outputs if user.op in _CLAMPS for tensor in user.outputs]
-        return any(tensor.name in written for tensor in results)
+        return any(tensor.name in self._written for tensor in results)
 
     def _doubled(self, tensor: gs.Tensor) -> gs.Tensor:
         """The tensor read with half of its scale, and doubled: the same, and not what a DequantizeLinear gives."""
