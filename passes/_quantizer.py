@@ -478,26 +478,40 @@ class Quantizer:
         quantize_stored_weights(result, lambda node: not is_one_of(layers, node), Outcome())
         return result
 
-    def round_float(self, model: Model, skip: Callable[[gs.Node], bool]) -> None:
+    def round_float(self, model: Model, skip: Callable[[gs.Node], bool]) -> tuple[str, ...]:
         """Round weights of the float model to what int8 stores, for what layers give, where that lowers its error.
 
         Args:
             model: the graph before it was quantized; changed.
             skip: whether a node is to keep its weights.
+
+        Returns:
+            The layers whose weights have to stay float: the fewest of ``kept`` with which the error is near its least,
+            or no more than that of the int8 model.
         """
-        if not (self.options.reconstruct and self.split and self.split.honest):
-            return
-        layers = [node for node in model.graph.nodes if not skip(node)]
-        rounded = round_stored(model, layers, self.split.fit, self._sizes(self.split), seed=self.context.seed)
+        if not (self.split and self.split.honest):
+            return self.kept
         judge = Judge.of(model, self.split.held())
-        errors = []
-        for codes in ({}, rounded):
+        layers = [node for node in model.graph.nodes if not skip(node)]
+        choices: list[dict[str, WeightCodes]] = [{}]
+        if self.options.reconstruct:
+            sizes = self._sizes(self.split)
+            choices.append(round_stored(model, layers, self.split.fit, sizes, seed=self.context.seed))
+
+        def tried(count: int, codes: dict[str, WeightCodes]) -> float:
             trial = model.copy()
-            _put(trial, codes)
-            quantize_stored_weights(trial, skip, Outcome())
-            errors.append(judge.error(trial))
-        if errors[1] < errors[0]:
-            _put(model, rounded)
+            precise = self.kept[:count]
+            _put(trial, {name: chosen for name, chosen in codes.items() if name not in precise})
+            quantize_stored_weights(trial, lambda node: skip(node) or is_one_of(precise, node), Outcome())
+            return judge.error(trial)
+
+        most = len(self.kept)
+        least, best = min(((tried(most, codes), index) for index, codes in enumerate(choices)))
+        enough = max(_NEAR * least, _SMALL_ERROR, self.error or 0.0)
+        counts = (count for count in (0, *_COUNTS) if count < most)
+        count = next((count for count in counts if tried(count, choices[best]) <= enough), most)
+        _put(model, {name: codes for name, codes in choices[best].items() if name not in self.kept[:count]})
+        return self.kept[:count]
 
     def _rounded(self, split: _Split, plan: _Plan) -> _Plan | None:
         """The plan with weights rounded for what layers give; None where that is not wanted, or cannot be judged."""

@@ -137,10 +137,10 @@ class QuantizeStatic(Pass):
                 _restore(model, before.copy())
                 hoist_constants(model)
                 # What let int8 hold their weights, rounding them for what they give, is undone as well.
-                precise |= {name for run in runs for name in run.kept}
+                precise = {name for run in runs for name in run.thin} | {name for run in runs[1:] for name in run.kept}
                 if self.weight_only and runs:
                     with one_blas_thread():
-                        runs[0].round_float(model, precisely)
+                        precise |= set(runs[0].round_float(model, precisely))
         if self.weight_only and model.opset >= _BROADCAST_OPSET:
             stored = quantize_stored_weights(model, precisely, outcome)
             outcome.numbers["weights stored in int8 only"] = float(stored)
