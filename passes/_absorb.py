@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from onnxslim.passes._rewriter import Rewriter
 from onnxslim.passes._rules import Ledger, apply_rules
+from onnxslim.passes._rules_activation import hard_swish_as_product
 from onnxslim.passes._rules_affine import fold_affine
 from onnxslim.passes._rules_batchnorm import batchnorm_as_conv
 from onnxslim.passes._rules_pad import PAD_RULES
@@ -18,8 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["absorb"]
 
 
-def absorb(model: Model) -> None:
-    """Merge Pad nodes into what reads them and scales into layers before; give what has int8 kernels their form."""
+def absorb(model: Model, *, spelled_out: bool) -> None:
+    """Merge Pad nodes into what reads them and scales into layers before; give what has int8 kernels their form.
+
+    Args:
+        model: rewritten in place.
+        spelled_out: whether what runs the model has int8 kernels for the parts of a HardSwish, not for the whole.
+    """
     rewriter = Rewriter(model)
-    apply_rules(rewriter, (*PAD_RULES, fold_affine, batchnorm_as_conv, mean_as_pool), Ledger(Outcome(), Context()))
+    rules = (*PAD_RULES, fold_affine, batchnorm_as_conv, mean_as_pool, *((hard_swish_as_product,) * spelled_out))
+    apply_rules(rewriter, rules, Ledger(Outcome(), Context()))
     rewriter.finish()

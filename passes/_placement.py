@@ -6,6 +6,7 @@ Rules (u8 activations, s8 weights):
    output quantized (there is no kernel otherwise); Gemm and MatMul only where an int8 node reads it.
 2. A chain ``y = clip(a * x + b, lo, hi)`` with ``a > 0`` (Relu, Clip, HardSigmoid, Add, Sub, Mul and Div with a scalar)
    costs nothing: quantizing saturates, and the codes that ``x`` is written with are read with another scale and zero.
+   Where something else reads ``x`` as well, its codes are clipped.
 3. Data movement (Reshape, Transpose, MaxPool, Pad, nearest Resize, …) hands the codes of its input on.
 4. Add, Mul, Concat, pooling, Sigmoid, LeakyRelu run on codes when all of their inputs have them and an int8 node reads
    the result; what would be an island between float nodes stays float. The gate of a squeeze-and-excite block, small
@@ -305,6 +306,14 @@ class Placement:
             return producer
         propagator = self.propagators.get(source.name)
         return producer if propagator is not None and propagator.kind == "arithmetic" else None
+
+    def only_gated(self, chain: Chain) -> bool:
+        """Whether the source of a chain is read by that and multiplied by its result, and by nothing else."""
+        source, output = chain.source, chain.output
+        if len(source.outputs) != 2 or id(source) in self._outputs or source.name in self._inside:
+            return False
+        (product,) = (node for node in source.outputs if node is not chain.nodes[0])
+        return product.op == "Mul" and {id(tensor) for tensor in product.inputs} == {id(source), id(output)}
 
     def _reduces(self, node: gs.Node) -> bool:
         before = self.elements.get(node.inputs[0].name, 0)

@@ -34,7 +34,9 @@ __all__ = [
     "WeightCodes",
     "absorb_gemm_factors",
     "chain_code",
+    "clipped_code",
     "code_of_range",
+    "gated_code",
     "plain_codes",
     "quantize_weight",
 ]
@@ -48,6 +50,8 @@ _PASSED_BACK = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")  # by ONNX Runti
 MIDDLE = 128  # the code that is 0 in int8
 CODE_LIMIT = 127
 _EXACT_STEPS = 8
+_WHOLE = 1e-3  # of a step
+_WIDER = 1.5  # times its own step: more is not worth it to spare a tensor a second code
 _BIAS_LIMIT = 2**30  # half of what an int32 bias may hold: the accumulator needs the rest
 
 
@@ -61,10 +65,15 @@ class Code:
 
 @dataclass(frozen=True)
 class TensorCode:
-    """With which code a tensor is written (QuantizeLinear) and read (DequantizeLinear); they differ behind a chain."""
+    """With which code a tensor is written (QuantizeLinear) and read (DequantizeLinear); they differ behind a chain.
+
+    Attributes:
+        bounds: between which the codes of another tensor are clipped to be those of this one, which is not written.
+    """
 
     write: Code
     read: Code
+    bounds: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,44 @@ def chain_code(chain: Chain, low: float, high: float) -> TensorCode:
         read = Code(scale, int(np.clip(round(-low / scale), 0, LEVELS)))
     zero = int(np.clip(read.zero + round(chain.b / scale), 0, LEVELS))
     return TensorCode(Code(float(np.float32(scale / chain.a)), zero), read)
+
+
+def clipped_code(chain: Chain, source: Code) -> TensorCode | None:
+    """The code of ``y = clip(a * x + b)`` among the codes of ``x``, which are read in another way and clipped.
+
+    None where that would move ``y`` by a part of a step, or where 0 would have no code.
+    """
+    scale = float(np.float32(chain.a * source.scale))
+    steps = chain.b / scale
+    zero = source.zero - round(steps)
+    if abs(steps - round(steps)) > _WHOLE or not 0 <= zero <= LEVELS:
+        return None
+    low, high = (float(np.clip(end / scale + zero, 0, LEVELS)) for end in (chain.low, chain.high))
+    read = Code(scale, zero)
+    return TensorCode(source, read, (round(low), round(high)))
+
+
+def gated_code(chain: Chain, low: float, high: float, *, alone: bool) -> TensorCode:
+    """The code of ``x`` in which ``y = clip(a * x + b)`` with ``b > 0`` has codes that are those of ``x``, clipped.
+
+    So ``b`` has to be a whole number of steps, and ``-b / a`` has to have a code; where that costs too much, ``x`` has
+    the code of its range.
+
+    Args:
+        chain: what makes ``y``.
+        low, high: what the codes of ``x`` should cover.
+        alone: ``x`` is only read by the chain and multiplied by its result: where that is 0, any ``x`` will do.
+    """
+    plain = code_of_range(low, high)
+    zero_at = -chain.b / chain.a
+    low = zero_at if alone and chain.low == 0.0 else min(low, zero_at)
+    scale = code_of_range(low, high).read.scale
+    steps = np.floor(-zero_at / scale)
+    if steps < _EXACT_STEPS or scale > _WIDER * plain.read.scale:
+        return plain
+    scale = float(np.float32(-zero_at / steps))
+    code = Code(scale, int(np.clip(np.ceil(-low / scale - _WHOLE), 0, LEVELS)))
+    return TensorCode(code, code)
 
 
 # Weights below this, all but subnormal, would have a scale that vanishes in the scale of the int32 bias.
@@ -207,7 +254,24 @@ class Emitter:
         for node in chain.nodes:
             node.inputs.clear()
             node.outputs.clear()
-        self._write_codes(chain.source, output)
+        if self.codes[output.name].bounds is None:
+            self._write_codes(chain.source, output)
+        else:
+            self._clip_codes(chain.source.name, output)
+
+    def _clip_codes(self, source: str, result: gs.Tensor) -> None:
+        """Append ``codes of source -> Clip -> DequantizeLinear -> result``."""
+        code = self.codes[result.name]
+        low, high = code.bounds or (0, LEVELS)
+        codes = self._quantized[source]
+        if (low, high) != (0, LEVELS):
+            inputs = [codes, self._zero(low), self._zero(high)]
+            codes = self._variable("q", self.runtime.dtype)
+            self._nodes.append(gs.Node("Clip", codes.name, inputs=inputs, outputs=[codes]))
+        self._quantized[result.name] = codes
+        node = self._dequantize(codes, code.read, result)
+        node.name = f"{result.name}d"
+        self._nodes.append(node)
 
     def _emit_anchor(self, anchor: Anchor) -> None:
         node = anchor.node

@@ -32,8 +32,10 @@ from onnxslim.passes._qdq import (
     WeightCodes,
     absorb_gemm_factors,
     chain_code,
+    clipped_code,
     code_of_range,
     dequantize_weight,
+    gated_code,
 )
 from onnxslim.passes._rounding import reconstruct, round_stored
 from onnxslim.passes._runtimes import RUNTIMES
@@ -58,6 +60,7 @@ _TINY_WEIGHT, _TINY_MACS = 512, 6_000
 _NARROW_GROUP = 4  # channels
 _THIN_CHANNELS, _THIN_INPUTS = 3, 27  # channels that a convolution sees, and numbers that each output is made of
 _SMALL_ERROR, _LARGE_ERROR = 1e-3, 0.05  # noise over signal of the outputs: no matter; layers are to stay float
+_BROKEN_ERROR, _MOST_LEFT = 0.2, 0.25  # up to which error at most this share of the MACs is left in float for accuracy
 _CLEARLY = 0.7  # times the error before: what leaving more layers in float has to bring it to
 _PAYS_OFF = 0.8  # times the error before: what other scales of channels have to bring it to
 _COUNTS = (1, 2, 4, 8, 16)  # of layers that stay float
@@ -370,9 +373,15 @@ class Quantizer:
             return _Plan(self._ranges(methods[0]))
         judge = self._judge(split.held())
         plans = self._judged(judge, {method: self._ranges(method) for method in methods})
-        plans = self._leave(judge, self._equalized(judge, split, plans))
+        plans = self._equalized(judge, split, plans)
+        wanted = options.keep_float
+        if isinstance(wanted, int) and wanted:
+            self.kept = self._ranked(judge, plans)[:wanted]
+            plans = self._judged(judge, {method: plan.ranges for method, plan in plans.items()})
         self.context.progress(75, 100)
         method, best = self._corrected_best(judge, split, plans)
+        if wanted == "auto" and best.error >= _LARGE_ERROR:
+            method, best = self._relieved(judge, split, plans, (method, best))
         if self.kept and options.weight_only:
             self._store_kept(judge, split, best)
         self.error = best.error
@@ -434,24 +443,33 @@ class Quantizer:
         self.equalized = found
         return tried
 
-    def _leave(self, judge: Judge, plans: dict[Method, _Plan]) -> dict[Method, _Plan]:
-        """The plans with the layers that add most error in float: as many as were asked for, or as pay off."""
-        wanted = self.options.keep_float
-        if wanted == 0 or (wanted == "auto" and _least(plans) < _LARGE_ERROR):
-            return plans
-        ranges = {method: plan.ranges for method, plan in plans.items()}
-        best = min(plans.values(), key=lambda plan: plan.error)
-        ranked = self._ranked(judge.strictest(_SENSITIVITY_FEEDS, self._emitted(best)))
-        for count in _COUNTS if wanted == "auto" else (wanted,):
-            before, self.kept = self.kept, ranked[:count]
-            tried = self._judged(judge, {method: ranges[method] for method in _near(plans)})
-            if wanted != "auto" or _least(tried) <= _CLEARLY * _least(plans):
-                plans = tried
-            else:
-                self.kept = before
-            if _least(plans) < _LARGE_ERROR:
+    def _relieved(
+        self, judge: Judge, split: _Split, plans: dict[Method, _Plan], found: tuple[Method, _Plan]
+    ) -> tuple[Method, _Plan]:
+        """What was found, or the same with those layers in float that add most error, where few of them are enough."""
+        error = found[1].error
+        corrected = error / _least(plans)
+        anchors, _ = self._anchors(self.model, None)
+        ranked = self._ranked(judge, plans)
+        most = _MOST_LEFT * self._macs(anchors) if error < _BROKEN_ERROR else math.inf
+        ranges = {method: plan.ranges for method, plan in _near(plans).items()}
+        chosen: tuple[str, ...] = ()
+        for count in _COUNTS:
+            self.kept = ranked[:count]
+            if self._macs({name: anchors[name] for name in self.kept}) > most:
                 break
-        return plans
+            tried = self._judged(judge, ranges)
+            if _least(tried) <= _CLEARLY * _least(plans):
+                plans, chosen = tried, self.kept
+                if corrected * _least(plans) < _LARGE_ERROR:
+                    break
+        self.kept = chosen
+        if chosen:
+            again = self._corrected_best(judge, split, plans)
+            if again[1].error <= _CLEARLY * error:
+                return again
+        self.kept = ()
+        return found
 
     def _store_kept(self, judge: Judge, split: _Split, plan: _Plan) -> None:
         """Round the weights of layers that stay float to what int8 can store, but for those where it costs too much.
@@ -537,11 +555,19 @@ class Quantizer:
             low, high = ranges[name]
             chain = placement.chains.get(name)
             codes[name] = chain_code(chain, low, high) if chain else code_of_range(low, high, symmetric=symmetric)
+        turned = {n: chain for n, chain in placement.chains.items() if chain.source.name not in placement.absorbed}
+        for chain in turned.values():
+            source = chain.source.name
+            if chain.b > 0 and source in codes and source not in placement.chains:
+                codes[source] = gated_code(chain, *ranges[source], alone=placement.only_gated(chain))
         _share_concat(placement, codes)
-        for propagator in placement.propagators.values():  # in the order of the graph
-            if propagator.kind != "arithmetic":
-                read = codes[propagator.node.inputs[0].name].read
-                for tensor in propagator.node.outputs:
+        for node in placement.graph.nodes:
+            name = node.outputs[0].name if node.outputs else ""
+            if name in turned:
+                codes[name] = clipped_code(turned[name], codes[turned[name].source.name].read) or codes[name]
+            elif name in placement.propagators and placement.propagators[name].kind != "arithmetic":
+                read = codes[node.inputs[0].name].read
+                for tensor in node.outputs:
                     codes[tensor.name] = TensorCode(read, read)
         return codes
 
@@ -596,8 +622,9 @@ class Quantizer:
         trial.error = judge.error(self._emitted(trial))
         return min(plan, trial, key=lambda plan: plan.error)
 
-    def _ranked(self, judge: Judge) -> tuple[str, ...]:
+    def _ranked(self, judge: Judge, plans: dict[Method, _Plan]) -> tuple[str, ...]:
         """The layers, those first that raise the output error most when they alone are quantized."""
+        judge = judge.strictest(_SENSITIVITY_FEEDS, self._emitted(min(plans.values(), key=lambda plan: plan.error)))
         names = list(self._place(self.model).anchors)
         before = self.kept
         errors: dict[str, float] = {}

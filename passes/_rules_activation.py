@@ -21,7 +21,7 @@ from onnxslim.passes._match import FLOATS, Product, addends, inner, is_near, onl
 from onnxslim.passes._rewriter import Rewriter
 from onnxslim.passes._rules import Rule, rule
 
-__all__ = ["ACTIVATION_RULES", "bounds"]
+__all__ = ["ACTIVATION_RULES", "bounds", "hard_swish_as_product"]
 
 
 @rule("fuse-gelu", "Mul", "Div", since=20)
@@ -195,6 +195,16 @@ def _hard_swish(g: Rewriter, node: gs.Node) -> str | None:
             g.rewrite(node, "Mul", {}, [x, gated])
             return "the Clip and what is around it are a HardSigmoid"
     return None
+
+
+@rule("hard-swish-as-product", "HardSwish")
+def hard_swish_as_product(g: Rewriter, node: gs.Node) -> str | None:
+    """HardSwish(x) -> x * HardSigmoid(x, 1 / 6, 1 / 2), which is how ONNX Runtime runs it, and which runs on codes."""
+    (x,) = node.inputs
+    if g.dtype(x) != np.float32:
+        return None
+    g.rewrite(node, "Mul", {}, [x, g.insert_before(node, "HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}, [x])])
+    return "a product with a HardSigmoid"
 
 
 @rule("fuse-mish", "Mul", since=18)

@@ -20,7 +20,7 @@ from onnxslim.passes._opset import raise_opset
 from onnxslim.passes._placement import matches
 from onnxslim.passes._plan import QuantizationPlan, read_plan, record_of
 from onnxslim.passes._quantizer import Quantizer, is_one_of
-from onnxslim.passes._runtimes import RuntimeName
+from onnxslim.passes._runtimes import RUNTIMES, RuntimeName
 from onnxslim.passes._threads import one_blas_thread
 from onnxslim.passes._weight_only import quantize_stored_weights
 from onnxslim.passes.base import Context, Outcome, Pass
@@ -176,7 +176,7 @@ class QuantizeStatic(Pass):
         if unraised:
             outcome.refuse("qdq", "model", f"{unraised}, and per-channel quantization needs {_OPSET}")
             return []
-        absorb(model)
+        absorb(model, spelled_out=RUNTIMES[self.runtime].carries)
         runs: list[Quantizer] = []
         stored = plan.of(model.graph) if plan is not None else None
         if plan is None or stored is not None:

@@ -177,7 +177,8 @@ def test_int8_comes_nearer_to_float(runtime: str) -> None:
         options = {"runtime": runtime, "only_if_faster": False, "keep_float": 0}
         model, outcome = quantize(proto, feeds, equalize=equalize, **options)
         assert equalize == any(change.rule == "equalization" for change in outcome.changes)
-        sessions = Session(load(proto)), Session(model)
+        # As the operators are specified: what is written for TensorRT saturates in the kernels of some processors.
+        sessions = Session(load(proto)), Session(model, optimize=False)
         pairs = [[session.run(feed)["y"] for session in sessions] for feed in unseen]
         errors[equalize] = sum(np.square(got - true).sum() for true, got in pairs)
     assert errors[True] < 0.5 * errors[False]

@@ -290,13 +290,80 @@ def hard_swish_block() -> onnx.ModelProto:
     return b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 16, 12, 12]})
 
 
-def test_hard_swish_chain_becomes_two_kernels_on_codes(tmp_path):
+def test_hard_swish_chain_runs_on_codes(tmp_path):
     proto = hard_swish_block()
     model, _ = quantize(proto, images())
     assert decibels(proto, model, images(seed=5)) > 25
     kernels = fused(model, tmp_path)
-    assert kernels["QLinearConv"] == 2 and kernels["QLinearMul"] == 1
-    assert not {"Add", "Mul", "Div", "Clip"} & set(kernels)
+    assert kernels["QLinearConv"] == 2 and kernels["QLinearMul"] == 1 and kernels["Clip"] <= 1
+    assert kernels["QuantizeLinear"] == 1 and not {"Add", "Mul", "Div"} & set(kernels)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "onnxruntime-arm"])
+@pytest.mark.parametrize("gain", [1.0, 6.0])
+def test_hard_swish_clips_the_codes_that_the_convolution_writes(tmp_path: Path, runtime: str, gain: float):
+    b = Builder()
+    b.node("Conv", ["x", b.weight("c1_w", 32, 3, 3, 3, gain=gain)], "c1", pads=[1] * 4)
+    b.node("HardSwish", ["c1"], "s1")
+    b.conv("s1", "y", 32, 16)
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 16, 12, 12]})
+    model, _ = quantize(proto, images(32), runtime=runtime, calibration="minmax", equalize=False)
+    found = ops(model)
+    assert found["HardSwish"] == found["HardSigmoid"] == 0 and found["QuantizeLinear"] == 4  # x, c1, s1 and y
+    assert found["Clip"] == 1  # nothing but what lies above 3 has to be clipped: all below -3 has the lowest code
+    clip = next(node for node in model.graph.nodes if node.op == "Clip")
+    low, high = (int(tensor.values) for tensor in clip.inputs[1:])
+    scale, zero = (float(tensor.values) for tensor in clip.inputs[0].inputs[0].inputs[1:])
+    assert scale * (low - zero) == pytest.approx(-3, abs=1e-4) and scale * (high - zero) == pytest.approx(3, abs=1e-4)
+    assert low == (-128 if runtime == "onnxruntime-arm" else 0)
+    assert decibels(proto, model, images(seed=5)) > 30
+    if runtime == "onnxruntime":
+        kernels = fused(model, tmp_path)
+        assert kernels["QuantizeLinear"] == 1 and kernels["QLinearMul"] == 1 and kernels["QLinearConv"] == 2
+
+
+def test_gate_of_small_numbers_has_a_code_of_its_own():
+    b = Builder()
+    b.node("Conv", ["x", b.weight("c1_w", 32, 3, 3, 3, gain=0.1)], "c1", pads=[1] * 4)
+    b.node("HardSwish", ["c1"], "s1")
+    b.conv("s1", "y", 32, 16)
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 16, 12, 12]})
+    model, _ = quantize(proto, images(32))
+    assert ops(model)["Clip"] == 0 and ops(model)["QuantizeLinear"] == 5
+    assert decibels(proto, model, images(seed=5)) > 33
+
+
+def test_relu_of_a_sum_that_is_read_elsewhere_clips_its_codes(tmp_path: Path):
+    """As before the activation in a ResNetV2: rounding the sum again, with another scale, would only add noise."""
+    b = Builder()
+    b.conv("x", "c1", 3, 32)
+    b.conv("x", "c2", 3, 32)
+    b.node("Add", ["c1", "c2"], "sum")
+    b.node("Relu", ["sum"], "r")
+    b.conv("r", "c3", 32, 32)
+    b.node("Add", ["sum", "c3"], "last")
+    b.conv("last", "y", 32, 16)
+    outputs = {name: ["N", channels, 12, 12] for name, channels in (("y", 16), ("sum", 32), ("r", 32))}
+    proto = b.model({"x": ["N", 3, 12, 12]}, outputs)
+    model, _ = quantize(proto, images())
+    for feed in images(seed=5):
+        got = Session(model, optimize=False).run(feed)
+        assert np.array_equal(got["r"], np.maximum(got["sum"], 0)) and got["r"].max() > 0
+    assert fused(model, tmp_path)["QuantizeLinear"] == 1
+    assert decibels(proto, model, images(seed=5)) > 30
+
+
+def test_gate_of_what_is_seen_from_outside_keeps_all_of_it():
+    b = Builder()
+    b.node("Conv", ["x", b.weight("c1_w", 32, 3, 3, 3, gain=6.0)], "c1", pads=[1] * 4)
+    b.node("HardSigmoid", ["c1"], "gate", alpha=1 / 6, beta=0.5)
+    b.node("Mul", ["c1", "gate"], "swish")
+    b.conv("swish", "y", 32, 16)
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 16, 12, 12], "c1": ["N", 32, 12, 12]})
+    model, _ = quantize(proto, images())
+    feed = images(seed=5)[0]
+    true, got = (session.run(feed)["c1"] for session in (Session(proto), Session(model, optimize=False)))
+    assert true.min() < -6 and np.abs(got - true).max() < 0.1 * np.abs(true).max()
 
 
 def test_squeeze_and_excite_gate_is_quantized_for_its_product(tmp_path):

@@ -165,7 +165,7 @@ def test_open_axis_that_tvm_cannot_compile_asks_for_shapes():
 
 
 def quantized_net():
-    """QDQ as our quantizer writes it: uint8 activations, int8 weights per channel, int32 bias with its scales."""
+    """QDQ as our quantizer writes it: uint8 activations, clipped codes, int8 weights per channel, int32 bias."""
     rng = np.random.default_rng(0)
     nodes, initializers = [], []
 
@@ -186,7 +186,11 @@ def quantized_net():
     nodes.append(helper.make_node("Conv", [x, "wd", "bd"], ["c"], pads=[1, 1, 1, 1]))
     nodes.append(helper.make_node("Relu", ["c"], ["r"]))
     y = quantize("r", 0.012, 0)
-    nodes.append(helper.make_node("GlobalAveragePool", [y], ["y"]))
+    initializers += [("low", np.uint8(20)), ("high", np.uint8(90))]
+    nodes.append(helper.make_node("Clip", ["r_q", "low", "high"], ["gate_q"]))
+    nodes.append(helper.make_node("DequantizeLinear", ["gate_q", "r_s", "r_z"], ["gate"]))
+    nodes.append(helper.make_node("Mul", [y, "gate"], ["gated"]))
+    nodes.append(helper.make_node("GlobalAveragePool", ["gated"], ["y"]))
     inputs = [("x", FLOAT, ["N", 3, 16, 16])]
     return graph_model(nodes, inputs, [("y", FLOAT, ["N", 16, 1, 1])], initializers, 13)
 
