@@ -17,7 +17,7 @@ from onnxslim.graph.walk import constant_value, is_graph_output
 if TYPE_CHECKING:
     from onnxslim.model import Model
 
-__all__ = ["add_behind", "add_to_bias", "bias_of"]
+__all__ = ["add_behind", "add_to_bias", "bias_of", "put_bias"]
 
 FloatArray = NDArray[np.float64]
 
@@ -30,10 +30,13 @@ def bias_of(node: gs.Node, outputs: int) -> FloatArray | None:
     if node.op == "MatMul" or len(node.inputs) < 3 or node.inputs[2].is_empty():
         return np.zeros(outputs)
     value = constant_value(node.inputs[2])
-    if value is None or node.attrs.get("beta", 1.0) == 0 or (value.ndim > 1 and value.shape[0] != 1):
+    if value is None or (value.ndim > 1 and value.shape[0] != 1):
         return None
-    beta = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
-    return beta * np.broadcast_to(np.asarray(value, np.float64).reshape(-1), (outputs,))
+    return _beta(node) * np.broadcast_to(np.asarray(value, np.float64).reshape(-1), (outputs,))
+
+
+def _beta(node: gs.Node) -> float:
+    return float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
 
 
 def add_to_bias(model: Model, graph: gs.Graph, node: gs.Node, delta: FloatArray) -> bool:
@@ -42,21 +45,26 @@ def add_to_bias(model: Model, graph: gs.Graph, node: gs.Node, delta: FloatArray)
     The bias gets a new initializer (the old one may be shared). A MatMul whose only use is an Add of a constant vector
     gets it there, another MatMul an Add of its own, which then makes the tensor of the old name.
     """
-    weight = node.inputs[1]
-    dtype = np.dtype(weight.dtype)
+    dtype = np.dtype(node.inputs[1].dtype)
     if node.op == "MatMul":
         return _add_behind(model, graph, node, delta, dtype)
     present = bias_of(node, len(delta))
-    beta = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
     if present is None:
         return False
+    put_bias(model, node, (present + delta).astype(dtype))
+    return True
+
+
+def put_bias(model: Model, node: gs.Node, values: np.ndarray) -> None:
+    """Let a Conv or Gemm add ``values`` ``[O]``, a new initializer, and nothing else."""
     hint = node.inputs[2].name if len(node.inputs) > 2 and not node.inputs[2].is_empty() else f"{node.name}.bias"
-    bias = gs.Constant(model.fresh_name(hint), ((present + delta) / beta).astype(dtype))
+    bias = gs.Constant(model.fresh_name(hint), values)
+    if node.op == "Gemm":
+        node.attrs.pop("beta", None)
     if len(node.inputs) > 2:
         node.inputs[2] = bias
     else:
         node.inputs.append(bias)
-    return True
 
 
 def add_behind(graph: gs.Graph, node: gs.Node, outputs: int) -> tuple[gs.Node, int] | None:

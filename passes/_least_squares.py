@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from onnxslim.graph.walk import is_graph_output
 from onnxslim.model import Model
+from onnxslim.passes._bias import put_bias
 from onnxslim.passes._one_sided import Kept, seen_range
 from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
 from onnxslim.passes._trunk import Trunk
@@ -295,7 +296,7 @@ def _refit(model: Model, task: _Task, ridge: float | None) -> Refit:
         shape = (1,) * (max(len(constant.shape), 1) - 1) + (-1,)
         _replace(model, add, slot, constant.values + bias.reshape(shape).astype(constant.dtype))
     elif centred:
-        _set_bias(model, layer, bias)
+        put_bias(model, layer.node, bias.astype(layer.weight.dtype))
     return Refit(layer.node, before, after)
 
 
@@ -374,20 +375,6 @@ def _shift_add(model: Model, layer: LinearLayer) -> tuple[gs.Node, int] | None:
     if not isinstance(constant, gs.Constant) or not constant.shape or constant.shape[-1] != layer.shape[1]:
         return None
     return (add, slot) if int(np.prod(constant.shape)) == layer.shape[1] else None
-
-
-def _set_bias(model: Model, layer: LinearLayer, bias: FloatArray) -> None:
-    node = layer.node
-    values = (bias / float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else bias).astype(layer.weight.dtype)
-    if len(node.inputs) > 2 and not node.inputs[2].is_empty():
-        _replace(model, node, 2, values)
-        return
-    node.attrs.pop("beta", None)
-    constant = gs.Constant(model.fresh_name(f"{layer.weight.name}_bias"), bias.astype(layer.weight.dtype))
-    if len(node.inputs) > 2:
-        node.inputs[2] = constant
-    else:
-        node.inputs.append(constant)
 
 
 def _replace(model: Model, node: gs.Node, slot: int, values: np.ndarray) -> None:

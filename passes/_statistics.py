@@ -37,6 +37,7 @@ Array = NDArray[Any]
 FloatArray = NDArray[np.float64]
 
 ROWS_PER_SAMPLE = 40  # positions of a feature map that are drawn from each sample: more add cost, hardly information
+_ROUNDING = 1e-12  # variance over power: float32 numbers that differ by a few units in the last place
 _ROWS_PER_INPUT, _MOST_ROWS = 10, 1024  # but where samples are few: so many rows for each input, so many of a sample
 
 
@@ -375,16 +376,26 @@ class Moments:
 
     @property
     def covariance(self) -> FloatArray:
-        """Covariance of the rows, ``[G, K, K]``."""
-        mean, found = self.mean, self.second
-        found -= mean[:, :, None] * mean[:, None, :]
+        """Covariance of the rows, ``[G, K, K]``; 0 for inputs that vary by no more than float32 rounds them."""
+        constant, found = self._constant, self.second
+        found -= self.mean[:, :, None] * self.mean[:, None, :]
+        found[constant] = 0.0
+        found.transpose(0, 2, 1)[constant] = 0.0
         return found
 
     @property
     def cross_covariance(self) -> FloatArray:
         """Covariance between rows and targets, ``[G, K, O]``."""
         assert self.cross is not None, "moments were taken without a target"
-        return self.cross / max(self.count, 1) - self.mean[:, :, None] * self.mean_y[:, None, :]
+        found = self.cross / max(self.count, 1) - self.mean[:, :, None] * self.mean_y[:, None, :]
+        found[self._constant] = 0.0
+        return found
+
+    @property
+    def _constant(self) -> NDArray[np.bool_]:
+        """Which inputs do not vary, ``[G, K]``."""
+        power = np.einsum("gkk->gk", self.gram) / max(self.count, 1)
+        return np.asarray(power - np.square(self.mean) <= _ROUNDING * power)
 
 
 def _centred(rows: Array) -> tuple[Array, FloatArray, FloatArray]:

@@ -19,8 +19,10 @@ from onnxslim.passes._channel_scores import obs_removal, reader_moments, readers
 from onnxslim.passes._least_squares import relative_error, solve
 from onnxslim.passes._statistics import Moments, input_moments, linear_layer
 from onnxslim.passes._trunk import Trunk
-from onnxslim.passes.base import Context
+from onnxslim.passes.base import Context, Pass
+from onnxslim.passes.factorize_low_rank import FactorizeLowRank
 from onnxslim.passes.prune_channels import PruneChannels
+from onnxslim.passes.share_weights import ShareWeights
 from onnxslim.runtime import Session
 
 
@@ -541,3 +543,52 @@ def test_a_weight_that_is_data_elsewhere_is_cut_for_both_or_not_at_all():
     assert widths["a"][0] == widths["b"][1] == 8
     assert next(node for node in model.graph.nodes if node.name == "c").inputs[0].shape[1] == widths["c"][1]
     Session(model).run({"x": rng.normal(size=(2, 3, 12)).astype(np.float32)})
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "step", [PruneChannels(ratio=0.35), FactorizeLowRank(keep=0.6, cost="parameters"), ShareWeights(bits=4)]
+)
+def test_a_gemm_whose_beta_is_zero_gets_a_bias_that_counts(step: Pass, bias: bool):
+    """As converters of MatMul write it, without a bias too."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "w": rng.normal(size=(32, 64)) / 6,
+        "v": rng.normal(size=(64, 48)) / 8,
+        "u": rng.normal(size=(48, 8)) / 7,
+    }
+    extra = ["c"] if bias else []
+    if bias:
+        weights["c"] = np.full(64, 100.0)  # which nothing adds
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", *extra], ["h"], beta=0.0),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "v"], ["g"], beta=0.0),
+        helper.make_node("Relu", ["g"], ["s"]),
+        helper.make_node("MatMul", ["s", "u"], ["y"]),
+    ]
+    model = build(nodes, weights, inputs=(("x", ["N", 32]),))
+    mixed = rng.normal(size=(12, 32))
+    feeds = (rng.normal(size=(300, 12)) @ mixed).astype(np.float32)
+    dense = model.copy()
+    outcome = step.run(model, Context(calibration=open_dataset({"x": feeds[:200]}, list(Session(model).specs))))
+    assert outcome.changes
+    true, found = (run(each, {"x": feeds[200:]}) for each in (dense, model))
+    assert np.square(found - true).sum() < 0.05 * np.square(true).sum()
+
+
+def test_inputs_that_only_rounding_moves_count_as_constant():
+    rng = np.random.default_rng(0)
+    rows = np.full((1, 64, 6), 0.37, np.float32)
+    rows[0, :, :2] = rng.normal(size=(64, 2))
+    rows[0, :, 2] = np.nextafter(np.float32(0.37), np.float32(1), dtype=np.float32)
+    rows[0, ::2, 2] = 0.37
+    moments = Moments.empty(1, 6, 3)
+    targets = rng.normal(size=(1, 64, 3)).astype(np.float32)
+    moments.add(rows, targets)
+    assert not moments.covariance[0, 2:].any() and not moments.covariance[0, :, 2:].any()
+    start = rng.normal(size=(1, 3, 6))
+    found = solve(moments, start, 1e-3)
+    assert found[0, :, 2:] == pytest.approx(start[0, :, 2:])
+    varied = rows[0, :, :2] - rows[0, :, :2].mean(0)
+    assert found[0, :, :2] == pytest.approx(np.linalg.lstsq(varied, targets[0], rcond=None)[0].T, abs=0.01)
