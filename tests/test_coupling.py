@@ -294,11 +294,38 @@ def squeeze_excite() -> Net:
     return net
 
 
+def lstm() -> Net:
+    """A convolution over time, two layers of which the first runs both ways, with peepholes and constant states."""
+    net = Net(("x", ["N", 6, 10]))
+    y = net.op("Relu", net.op("Conv", "x", net.w(12, 6, 3), net.w(12), pads=[1, 1]))
+    y = net.op("Transpose", y, perm=[2, 0, 1])
+    weights = net.w(2, 32, 12), net.w(2, 32, 8), net.w(2, 64)
+    y = net.op("LSTM", y, *weights, "", "", "", net.w(2, 24), hidden_size=8, direction="bidirectional")
+    y = net.op("Reshape", net.op("Transpose", y, perm=[0, 2, 1, 3]), net.const(np.array([0, 0, -1])))
+    weights = net.w(1, 40, 16), net.w(1, 40, 10), net.w(1, 80)
+    _, last, cell = net.op("LSTM", y, *weights, outputs=3, hidden_size=10)
+    both = net.op("Squeeze", net.op("Concat", last, cell, axis=2), net.const(np.array([0])))
+    net.out = net.op("Gemm", both, net.w(5, 20), net.w(5), transB=1)
+    return net
+
+
+def gru() -> Net:
+    net = Net(("x", [7, "N", 6]))
+    y = net.op("Relu", net.op("MatMul", "x", net.w(6, 12)))
+    weights = net.w(1, 30, 12), net.w(1, 30, 10), net.w(1, 60)
+    y, last = net.op("GRU", y, *weights, outputs=2, hidden_size=10, linear_before_reset=1)
+    axis = net.const(np.array([1]))
+    y = net.op("Add", net.op("Squeeze", y, axis), last)  # the last state on every step
+    y = net.op("RNN", y, net.w(1, 9, 10), net.w(1, 9, 9), hidden_size=9)
+    net.out = net.op("MatMul", net.op("Squeeze", y, axis), net.w(9, 4))
+    return net
+
+
 KINDS = {
     f.__name__: f
     for f in (
         plain, residual, mobile, depth_multiplier, grouped, concat, flatten, ffn, gated, attention, decoder,
-        channels_last, pieces, squeeze_excite,
+        channels_last, pieces, squeeze_excite, lstm, gru,
     )
 }  # fmt: skip
 
@@ -315,6 +342,8 @@ WIDTHS = {
     "channels_last": [12, 20],
     "pieces": [10, 14, 8],
     "squeeze_excite": [16, 8],
+    "lstm": [12, 8, 10],
+    "gru": [12, 10, 9],
 }
 
 
@@ -327,7 +356,7 @@ def test_cut_model_equals_the_dense_one_with_the_same_channels_silent(kind, seed
     assert free(coupling), reasons(coupling)
 
 
-@pytest.mark.parametrize("kind", ["plain", "residual", "mobile", "flatten", "ffn", "grouped", "depth_multiplier"])
+@pytest.mark.parametrize("kind", ["plain", "residual", "mobile", "flatten", "ffn", "grouped", "depth_multiplier", "lstm", "gru"])
 def test_silent_makers_alone_are_the_same_as_a_cut(kind):
     """Channels that are zero, bias and BatchNorm included, can go without a change in what reads them."""
     net = KINDS[kind]()

@@ -158,6 +158,43 @@ def _matmul(op: Op) -> None:
                 op.join(tensor, axis, y, axis + tail - (rank - 2))
 
 
+def _recurrent(op: Op) -> None:
+    """``W [D, gates * H, I]``, ``R [D, gates * H, H]`` and all states share hidden units: of each gate one row a unit.
+
+    Both directions lose the same units. A unit without weights stays 0 in each of the three operators, if it starts
+    there.
+    """
+    gates = {"RNN": 1, "GRU": 3, "LSTM": 4}[op.node.op]
+    weight, again = op.weight(1), op.weight(2)
+    hidden = op.dims(again)[2]
+    if not isinstance(hidden, int) or op.dims(weight)[1] != gates * hidden:
+        raise Unknown(f"the hidden units of {op.label} are not counted in the file")
+    if op.attr("activations", None) or op.attr("activation_alpha", None) or op.attr("activation_beta", None):
+        raise Unknown(f"{op.label} has activations of its own")
+    batch_first = bool(op.attr("layout", 0))
+    for tensor in (weight, again):
+        op.uses(tensor, 1, True)
+        op.uses(tensor, 2, False)
+    op.join(op.x, 2, weight, 2)
+    for tensor, rows in ((weight, gates), (again, gates), (op.inputs[3] if op.has(3) else None, 2 * gates)):
+        if tensor is not None:
+            place = np.arange(rows * hidden)
+            op.join(tensor, 1, again, 2, place, place % hidden)
+    if op.has(7):  # peepholes
+        op.join(op.inputs[7], 1, again, 2, np.arange(3 * hidden), np.arange(3 * hidden) % hidden)
+    outputs = [tensor for tensor in op.node.outputs if not tensor.is_empty()]
+    states = [op.inputs[slot] for slot in (5, 6) if op.has(slot)]
+    for tensor in (*outputs, *states):
+        op.join(tensor, len(op.dims(tensor)) - 1, again, 2)
+    sequence = op.node.outputs[0]
+    if not sequence.is_empty():
+        for axis in (0, 1):
+            op.join(op.x, axis, sequence, axis if batch_first or axis == 0 else 2)
+    for tensor in (*states, *(each for each in outputs if each is not sequence)):
+        op.join(op.x, 0 if batch_first else 1, tensor, 0 if batch_first else 1)
+    op.follow(again, 2, lambda _, kept: op.node.attrs.update(hidden_size=len(kept)))
+
+
 def _from_constants(tensor: gs.Tensor, depth: int = 4) -> bool:
     """Whether a tensor is a weight, perhaps behind a DequantizeLinear, Transpose or Cast."""
     if isinstance(tensor, gs.Constant):
@@ -447,9 +484,11 @@ RULES: dict[str, Rule] = {
     "Flatten": flatten,
     "Gather": _gather,
     "Gemm": _gemm,
+    "GRU": _recurrent,
     "GroupNormalization": _group_norm,
     "Hardmax": _softmax,
     "InstanceNormalization": _instance_norm,
+    "LSTM": _recurrent,
     "LayerNormalization": _layer_norm,
     "LogSoftmax": _softmax,
     "MatMul": _matmul,
@@ -459,6 +498,7 @@ RULES: dict[str, Rule] = {
     "QLinearMatMul": _quantized,
     "QuantizeLinear": _quantized,
     "RMSNormalization": _layer_norm,
+    "RNN": _recurrent,
     "Reshape": reshape,
     "Resize": _resize,
     "Shape": shape,

@@ -20,6 +20,10 @@ from onnxslim.model import Model
 __all__ = ["Op", "Rule", "Tracer", "Unknown", "match_axes", "trace"]
 
 Dims = list[int | str | None]
+_WEIGHT_SLOTS = {
+    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul"), (0, 1)),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), (1, 2)),
+}
 # One number of a shape tensor: itself, the length of an axis of a tensor, or unknown.
 Element = int | tuple[gs.Tensor, int] | None
 
@@ -221,8 +225,8 @@ def trace(model: Model, shapes: Shapes, coupling: Coupling) -> None:
     graph = model.graph
     # A weight that two layers share must be known as such before the first of them is looked at.
     for node in graph.nodes:
-        if node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul") and len(node.inputs) > 1:
-            tracer.shared.update(id(t) for t in node.inputs[:2] if isinstance(t, gs.Constant))
+        slots = _WEIGHT_SLOTS.get(node.op, ())
+        tracer.shared.update(id(t) for t in (node.inputs[k] for k in slots[: len(node.inputs)]) if isinstance(t, gs.Constant))
     nowhere = gs.Node("", "")
     for tensor in graph.inputs:
         for axis in range(len(tracer.dims(tensor) or [])):
