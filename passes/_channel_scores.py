@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from onnxslim.graph.coupling import Group, Member
 from onnxslim.model import Model
+from onnxslim.passes._recurrent import product_of
 from onnxslim.passes._statistics import LinearLayer, Moments, input_moments, linear_layer
 from onnxslim.runtime import Feed, Session
 
@@ -86,8 +87,14 @@ def readers(group: Group) -> list[Reader]:
     positions = {member.axis: member.positions for member in group.members}
     found = []
     for use in group.uses:
-        layer = None if use.makes else linear_layer(use.node)
-        if layer is None or layer.groups != 1 or id(layer.weight) != use.axis[0]:
+        if use.makes:
+            continue
+        layer = linear_layer(use.node)
+        if layer is None:
+            layer = product_of(use.node, use.axis[0])
+        elif id(layer.weight) != use.axis[0]:
+            continue
+        if layer is None or layer.groups != 1:
             continue
         taps = math.prod(int(n) for n in layer.weight.shape[2:]) if layer.spatial else 1
         columns = positions[use.axis][:, :, None] * taps + np.arange(taps)

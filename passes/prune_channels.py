@@ -24,6 +24,7 @@ from onnxslim.model import Model
 from onnxslim.node_latency import node_latencies
 from onnxslim.passes._channel_scores import Removal, norm_removal, obs_removal, reader_moments, readers
 from onnxslim.passes._correction import Judge
+from onnxslim.passes._recurrent import refit_gates
 from onnxslim.passes._statistics import LinearLayer
 from onnxslim.passes._widths import Choice, WeightCost, allocate, uniform_widths, weight_costs, width_step
 from onnxslim.passes.base import Context, Outcome, Pass
@@ -328,6 +329,12 @@ class PruneChannels(Pass):
         """Refit; wide layers see more rows of each sample where it is known how many ``samples`` there are."""
         from onnxslim.passes._least_squares import recover
 
+        for gates in refit_gates(model, teacher, coupling, plan, batches):
+            name = gates.node.name or next(tensor.name for tensor in gates.node.outputs if tensor.name)
+            if gates.why is None:
+                outcome.change(_REFIT, name, f"relative error of its gates {gates.before:.3g} -> {gates.after:.3g}")
+            else:
+                outcome.refuse(_REFIT, name, f"its gates were not refitted: {gates.why}")
         made = {id(use.node): use.axis for use in coupling.uses if use.makes}
 
         def kept(layer: LinearLayer) -> NDArray[np.int64] | None:

@@ -356,7 +356,9 @@ def test_cut_model_equals_the_dense_one_with_the_same_channels_silent(kind, seed
     assert free(coupling), reasons(coupling)
 
 
-@pytest.mark.parametrize("kind", ["plain", "residual", "mobile", "flatten", "ffn", "grouped", "depth_multiplier", "lstm", "gru"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "residual", "mobile", "flatten", "ffn", "grouped", "depth_multiplier", "lstm", "gru"]
+)
 def test_silent_makers_alone_are_the_same_as_a_cut(kind):
     """Channels that are zero, bias and BatchNorm included, can go without a change in what reads them."""
     net = KINDS[kind]()

@@ -592,3 +592,68 @@ def test_inputs_that_only_rounding_moves_count_as_constant():
     assert found[0, :, 2:] == pytest.approx(start[0, :, 2:])
     varied = rows[0, :, :2] - rows[0, :, :2].mean(0)
     assert found[0, :, :2] == pytest.approx(np.linalg.lstsq(varied, targets[0], rcond=None)[0].T, abs=0.01)
+
+
+def recurrent_net(op: str, *, both: bool, last: bool, units: int = 24, **attributes: object) -> onnxslim.Model:
+    """Two layers; the second gives all states, or only the last ones."""
+    rng = np.random.default_rng(0)
+    gates, ways = {"LSTM": 4, "GRU": 3, "RNN": 1}[op], 1 + both
+    nodes, weights, inputs, source = [], {}, 12, "x"
+    for index in range(2):
+        for name, size in (("w", inputs), ("r", units)):
+            weights[f"{name}{index}"] = rng.normal(size=(ways, gates * units, size)) / np.sqrt(size)
+        weights[f"b{index}"] = rng.normal(size=(ways, 2 * gates * units)) / 4
+        names = [f"{name}{index}" for name in "wrb"]
+        outputs = ["", f"h{index}"] if last and index else [f"s{index}"]
+        attributes |= {"hidden_size": units, "direction": "bidirectional" if both else "forward"}
+        nodes.append(helper.make_node(op, [source, *names], outputs, name=f"layer{index}", **attributes))
+        source = f"flat{index}"
+        states = "h1" if last and index else f"s{index}"
+        if last and index:
+            nodes.append(helper.make_node("Transpose", [states], [f"t{index}"], perm=[1, 0, 2]))
+        else:
+            nodes.append(helper.make_node("Transpose", [states], [f"t{index}"], perm=[0, 2, 1, 3]))
+        shape = [-1, ways * units] if last and index else [0, 0, -1]
+        weights[f"shape{index}"] = np.array(shape)
+        nodes.append(helper.make_node("Reshape", [f"t{index}", f"shape{index}"], [source]))
+        inputs = ways * units
+    weights["u"] = rng.normal(size=(inputs, 6)) / np.sqrt(inputs)
+    nodes.append(helper.make_node("MatMul", [source, "u"], ["y"]))
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [10, "N", 12])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(value if value.dtype == np.int64 else value.astype(np.float32), name)
+            for name, value in weights.items()
+        ],
+    )
+    return onnxslim.load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+def sequences(count: int, seed: int) -> list[dict[str, np.ndarray]]:
+    """Of numbers that go together, each on its own."""
+    mixed = np.random.default_rng(5).normal(size=(4, 12))
+    rng = np.random.default_rng(seed)
+    return [{"x": (rng.normal(size=(10, 1, 4)) @ mixed).astype(np.float32)} for _ in range(count)]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize(
+    "op, attributes", [("LSTM", {}), ("GRU", {"linear_before_reset": 1}), ("GRU", {}), ("RNN", {})]
+)
+def test_gates_of_recurrent_layers_make_up_for_units_that_went(op: str, attributes: dict, both: bool, last: bool):
+    errors = {}
+    test = {"x": np.concatenate([feed["x"] for feed in sequences(20, 9)], axis=1)}
+    for recover in (True, False):
+        model = recurrent_net(op, both=both, last=last, **attributes)
+        true = run(model, test)
+        feeds = open_dataset(iter(sequences(64, 1)), list(Session(model).specs))
+        outcome = PruneChannels(ratio=0.3, multiple_of=1, recover=recover).run(model, Context(calibration=feeds))
+        assert {node.attrs["hidden_size"] for node in model.graph.nodes if node.op == op} != {24}
+        refitted = [change.node for change in outcome.changes if "of its gates" in change.what]
+        assert bool(refitted) == recover
+        errors[recover] = np.square(run(model, test) - true).sum() / np.square(true - true.mean()).sum()
+    assert errors[True] < 0.5 * errors[False]

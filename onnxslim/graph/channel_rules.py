@@ -226,7 +226,8 @@ def trace(model: Model, shapes: Shapes, coupling: Coupling) -> None:
     # A weight that two layers share must be known as such before the first of them is looked at.
     for node in graph.nodes:
         slots = _WEIGHT_SLOTS.get(node.op, ())
-        tracer.shared.update(id(t) for t in (node.inputs[k] for k in slots[: len(node.inputs)]) if isinstance(t, gs.Constant))
+        read = (node.inputs[slot] for slot in slots if slot < len(node.inputs))
+        tracer.shared.update(id(tensor) for tensor in read if isinstance(tensor, gs.Constant))
     nowhere = gs.Node("", "")
     for tensor in graph.inputs:
         for axis in range(len(tracer.dims(tensor) or [])):
