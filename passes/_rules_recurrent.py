@@ -31,9 +31,11 @@ def _is_zero(g: Rewriter, tensor: gs.Tensor, depth: int = 8) -> bool:
     value = g.constant(tensor, limit=1 << 16)
     if value is not None:
         return value.dtype.kind in "fiu" and not value.any()
-    maker = g.producer(tensor, "ConstantOfShape", *_VIEWS)
+    maker = g.producer(tensor, "ConstantOfShape", "Concat", *_VIEWS)
     if maker is None or depth == 0:
         return False
+    if maker.op == "Concat":
+        return all(_is_zero(g, part, depth - 1) for part in maker.inputs)
     if maker.op != "ConstantOfShape":
         return _is_zero(g, maker.inputs[0], depth - 1)
     fill = maker.attrs.get("value")

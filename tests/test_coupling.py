@@ -303,7 +303,8 @@ def lstm() -> Net:
     y = net.op("LSTM", y, *weights, "", "", "", net.w(2, 24), hidden_size=8, direction="bidirectional")
     y = net.op("Reshape", net.op("Transpose", y, perm=[0, 2, 1, 3]), net.const(np.array([0, 0, -1])))
     weights = net.w(1, 40, 16), net.w(1, 40, 10), net.w(1, 80)
-    _, last, cell = net.op("LSTM", y, *weights, outputs=3, hidden_size=10)
+    spelled_out = ["Sigmoid", "Tanh", "Tanh"]
+    _, last, cell = net.op("LSTM", y, *weights, outputs=3, hidden_size=10, activations=spelled_out)
     both = net.op("Squeeze", net.op("Concat", last, cell, axis=2), net.const(np.array([0])))
     net.out = net.op("Gemm", both, net.w(5, 20), net.w(5), transB=1)
     return net

@@ -576,3 +576,30 @@ def test_stack_traces_of_the_exporter_are_dropped_and_other_notes_kept():
     model = load(proto)
     assert not Simplify().run(model, Context(skip_rules=frozenset({"drop-traces"}))).changes
     assert len(model.to_proto().graph.node[0].metadata_props) == 5
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_an_initial_state_of_zeros_that_both_directions_join_goes(start: float):
+    """As tf2onnx writes a bidirectional layer of Keras: zeros of the size of the batch, for each direction."""
+    rng = np.random.default_rng(0)
+    source = parse(
+        """g (float[T, N, 3] x) => (float[T, 2, N, 4] y) {
+            s = Shape (x)
+            n = Slice (s, one, two, zero)
+            size = Concat <axis = 0> (n, units)
+            state = Expand (start, size)
+            part = Unsqueeze (state, zero)
+            both = Concat <axis = 0> (part, part)
+            y = LSTM <hidden_size = 4, direction = "bidirectional"> (x, w, r, , , both, both)
+        }""",
+        zero=np.array([0]),
+        one=np.array([1]),
+        two=np.array([2]),
+        units=np.array([4]),
+        start=np.float32(start),
+        w=rng.normal(size=(2, 16, 3)).astype(np.float32),
+        r=rng.normal(size=(2, 16, 4)).astype(np.float32),
+    )
+    feeds = [{"x": rng.normal(size=(5, batch, 3)).astype(np.float32)} for batch in (1, 3)]
+    model, _ = rewrite(source, Simplify(), feeds=feeds)
+    assert (ops(model).keys() == {"LSTM"}) == (start == 0)

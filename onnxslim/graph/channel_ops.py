@@ -161,16 +161,14 @@ def _matmul(op: Op) -> None:
 def _recurrent(op: Op) -> None:
     """``W [D, gates * H, I]``, ``R [D, gates * H, H]`` and all states share hidden units: of each gate one row a unit.
 
-    Both directions lose the same units. A unit without weights stays 0 in each of the three operators, if it starts
-    there.
+    Both directions lose the same units. A unit without weights stays 0 where it starts there, unless the node has
+    activations that are not 0 at 0.
     """
     gates = {"RNN": 1, "GRU": 3, "LSTM": 4}[op.node.op]
     weight, again = op.weight(1), op.weight(2)
     hidden = op.dims(again)[2]
     if not isinstance(hidden, int) or op.dims(weight)[1] != gates * hidden:
         raise Unknown(f"the hidden units of {op.label} are not counted in the file")
-    if op.attr("activations", None) or op.attr("activation_alpha", None) or op.attr("activation_beta", None):
-        raise Unknown(f"{op.label} has activations of its own")
     batch_first = bool(op.attr("layout", 0))
     for tensor in (weight, again):
         op.uses(tensor, 1, True)
