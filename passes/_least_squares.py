@@ -68,12 +68,14 @@ class _Task:
         unlike: whether the target was seen to have other positions than the output: an Add behind the layer repeats
             what it adds, or what was cut lay along the positions.
         seen: rows to refine the fit on, where an activation cuts off part of the output.
+        halves: into how many sets the samples are dealt.
     """
 
     layer: LinearLayer
     beside: gs.Tensor | None
     seen: Kept | None = None
     kept: NDArray[np.int64] | None = None
+    halves: int = 2
     parts: list[Moments] = field(default_factory=list)
     samples: int = 0
     unlike: bool = False
@@ -99,7 +101,7 @@ class _Task:
             return
         if not self.parts:
             groups, outputs, inputs = layer.shape
-            count = 2 if inputs <= _WIDEST_TRIAL else 1
+            count = self.halves if inputs <= _WIDEST_TRIAL else 1
             self.parts = [Moments.empty(groups, inputs, outputs) for _ in range(count)]
         rows = layer.draw(target.shape, rng, per_sample)
         inputs_ = layer.input_rows(x[layer.data.name], rows)
@@ -132,6 +134,7 @@ def recover(
     per_sample: int,
     samples: int | None = None,
     seed: int,
+    quick: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Refit]:
     """Refit all layers of ``model`` whose input is no longer what it was in ``teacher``, in place.
@@ -147,6 +150,7 @@ def recover(
         per_sample: rows drawn from each sample.
         samples: how many there are, for wide layers to draw more where that is few; None draws no more.
         seed: of the draw.
+        quick: guess ridges instead of trying them, which takes most of the time.
         progress: called with layers done and layers to do.
 
     Raises:
@@ -159,6 +163,7 @@ def recover(
         for task in tasks:
             task.kept = kept(task.layer)
             task.seen = _seen(model, task)
+            task.halves = 1 if quick else 2
         rng = np.random.default_rng([seed, number])
         inputs = student.step(sorted({name for task in tasks for name in task.reads}))
         targets = original.step(sorted({task.target.name for task in tasks}))
@@ -320,7 +325,10 @@ def _best_ridge(parts: list[Moments], start: FloatArray, *, centred: bool) -> fl
             for half, other in (parts, parts[::-1])
         )
 
-    decade = min(RIDGES, key=error)
+    at = len(RIDGES) // 2
+    while (step := min((-1, 0, 1), key=lambda step: error(RIDGES[at + step]))) and 0 < at + step < len(RIDGES) - 1:
+        at += step
+    decade = RIDGES[at + step]
     return min((decade, decade / _HALF_DECADE, decade * _HALF_DECADE), key=error)
 
 

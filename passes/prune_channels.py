@@ -75,7 +75,8 @@ class PruneChannels(Pass):
     the same share.
 
     With calibration data (no labels) every layer behind a cut is refitted by least squares, in topological order, with
-    the model as it was before as the teacher (He et al. 2017, arXiv 1707.06168). Without data the cut stays as it is,
+    the model as it was before as the teacher (He et al. 2017, arXiv 1707.06168); so are the gates of LSTM, GRU and RNN
+    whose hidden units or inputs were cut. Without data the cut stays as it is,
     which costs most of the accuracy of a real network at any ratio worth having.
 
     Cost: two forward passes over the calibration samples for the refit, one more for the criterion, and memory for one
@@ -267,7 +268,7 @@ class PruneChannels(Pass):
             trial = model.copy()
             coupling = couple(trial)
             plan = cut(trial, coupling, _removed(coupling, removals, widths))
-            self._recover(trial, model, coupling, plan, lambda: fit, Context(seed=seed), Outcome())
+            self._recover(trial, model, coupling, plan, lambda: fit, Context(seed=seed), Outcome(), quick=True)
             errors.append(judge.error(trial))
         least = int(np.argmin(errors))
         return proposals[least if errors[least] < _CLEARLY_BETTER * errors[0] else 0]
@@ -325,6 +326,8 @@ class PruneChannels(Pass):
         context: Context,
         outcome: Outcome,
         samples: int | None = None,
+        *,
+        quick: bool = False,
     ) -> None:
         """Refit; wide layers see more rows of each sample where it is known how many ``samples`` there are."""
         from onnxslim.passes._least_squares import recover
@@ -353,6 +356,7 @@ class PruneChannels(Pass):
             per_sample=self.rows_per_sample,
             samples=samples,
             seed=context.seed,
+            quick=quick,
             progress=context.progress,
         )
         for refit in refits:
