@@ -17,7 +17,7 @@ from onnxslim.graph.walk import constant_value, is_graph_output
 if TYPE_CHECKING:
     from onnxslim.model import Model
 
-__all__ = ["add_behind", "add_to_bias", "bias_of", "put_bias"]
+__all__ = ["add_behind", "add_to_bias", "beta_of", "bias_of", "put_bias"]
 
 FloatArray = NDArray[np.float64]
 
@@ -32,17 +32,18 @@ def bias_of(node: gs.Node, outputs: int) -> FloatArray | None:
     value = constant_value(node.inputs[2])
     if value is None or (value.ndim > 1 and value.shape[0] != 1):
         return None
-    return _beta(node) * np.broadcast_to(np.asarray(value, np.float64).reshape(-1), (outputs,))
+    return beta_of(node) * np.broadcast_to(np.asarray(value, np.float64).reshape(-1), (outputs,))
 
 
-def _beta(node: gs.Node) -> float:
+def beta_of(node: gs.Node) -> float:
+    """What a layer multiplies its bias by."""
     return float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
 
 
 def add_to_bias(model: Model, graph: gs.Graph, node: gs.Node, delta: FloatArray) -> bool:
     """Add ``delta`` ``[O]`` to the output channels of ``node`` of ``graph``; False when there is no place for it.
 
-    The bias gets a new initializer (the old one may be shared). A MatMul whose only use is an Add of a constant vector
+    A bias that others share stays what it is for them. A MatMul whose only use is an Add of a constant vector
     gets it there, another MatMul an Add of its own, which then makes the tensor of the old name.
     """
     dtype = np.dtype(node.inputs[1].dtype)
@@ -51,16 +52,19 @@ def add_to_bias(model: Model, graph: gs.Graph, node: gs.Node, delta: FloatArray)
     present = bias_of(node, len(delta))
     if present is None:
         return False
-    put_bias(model, node, (present + delta).astype(dtype))
+    put_bias(model, graph, node, (present + delta).astype(dtype))
     return True
 
 
-def put_bias(model: Model, node: gs.Node, values: np.ndarray) -> None:
-    """Let a Conv or Gemm add ``values`` ``[O]``, a new initializer, and nothing else."""
-    hint = node.inputs[2].name if len(node.inputs) > 2 and not node.inputs[2].is_empty() else f"{node.name}.bias"
-    bias = gs.Constant(model.fresh_name(hint), values)
+def put_bias(model: Model, graph: gs.Graph, node: gs.Node, values: np.ndarray) -> None:
+    """Let a Conv or Gemm of ``graph`` add ``values`` ``[O]`` and nothing else."""
+    old = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
     if node.op == "Gemm":
         node.attrs.pop("beta", None)
+    if isinstance(old, gs.Constant) and len(old.outputs) == 1 and not is_graph_output(graph, old):
+        old.values = values
+        return
+    bias = gs.Constant(model.fresh_name(old.name if old is not None else f"{node.name}.bias"), values)
     if len(node.inputs) > 2:
         node.inputs[2] = bias
     else:

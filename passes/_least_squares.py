@@ -301,7 +301,7 @@ def _refit(model: Model, task: _Task, ridge: float | None) -> Refit:
         shape = (1,) * (max(len(constant.shape), 1) - 1) + (-1,)
         _replace(model, add, slot, constant.values + bias.reshape(shape).astype(constant.dtype))
     elif centred:
-        put_bias(model, layer.node, bias.astype(layer.weight.dtype))
+        put_bias(model, model.graph, layer.node, bias.astype(layer.weight.dtype))
     return Refit(layer.node, before, after)
 
 

@@ -14,16 +14,15 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxslim.graph.channel_rules import GATES
 from onnxslim.graph.coupling import Coupling, Cut
 from onnxslim.model import Model
 from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
 from onnxslim.runtime import Feed, Session
 
-__all__ = ["RECURRENT", "GateRefit", "product_of", "refit_gates"]
+__all__ = ["GateRefit", "product_of", "refit_gates"]
 
 FloatArray = NDArray[np.float64]
-RECURRENT = ("LSTM", "GRU", "RNN")
-_GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 _W, _R, _B = 1, 2, 3
 _DAMPING = 1e-2  # of the mean variance of an input, as optimal brain surgeon is damped
 
@@ -45,7 +44,7 @@ def product_of(node: gs.Node, weight: int) -> LinearLayer | None:
     last ones.
     """
     slot = next((slot for slot in (_W, _R) if len(node.inputs) > slot and id(node.inputs[slot]) == weight), None)
-    if node.op not in RECURRENT or slot is None or not isinstance(node.inputs[slot], gs.Constant):
+    if node.op not in GATES or slot is None or not isinstance(node.inputs[slot], gs.Constant):
         return None
     source = node.inputs[0] if slot == _W else node.outputs[0]
     if source.is_empty() or isinstance(source, gs.Constant):
@@ -93,7 +92,7 @@ def refit_gates(
     """
     tasks = list(_tasks(model, teacher, coupling, plan))
     refits = [
-        GateRefit(node, why="it gives only its last states, or its weights are shared")
+        GateRefit(node, why="it gives only its last states, or shares its weights, or computes its bias")
         for node in _changed(model, plan, coupling)
         if not any(task.node is node for task in tasks)
     ]
@@ -118,7 +117,7 @@ def refit_gates(
 def _changed(model: Model, plan: Cut, coupling: Coupling) -> list[gs.Node]:
     """The recurrent nodes that lost inputs or units."""
     cut = {id(use.node) for use in coupling.uses if not use.makes and plan.kept(use.axis) is not None}
-    return [node for node in model.graph.nodes if node.op in RECURRENT and id(node) in cut]
+    return [node for node in model.graph.nodes if node.op in GATES and id(node) in cut]
 
 
 def _tasks(model: Model, teacher: Model, coupling: Coupling, plan: Cut) -> Iterator[_Task]:
@@ -128,7 +127,9 @@ def _tasks(model: Model, teacher: Model, coupling: Coupling, plan: Cut) -> Itera
         old = before[next(tensor.name for tensor in node.outputs if tensor.name)]
         if any(not isinstance(old.inputs[slot], gs.Constant) or len(old.inputs[slot].outputs) > 1 for slot in (_W, _R)):
             continue
-        hidden, gates = int(old.inputs[_R].shape[2]), _GATES[node.op]
+        if len(old.inputs) > _B and not old.inputs[_B].is_empty() and not isinstance(old.inputs[_B], gs.Constant):
+            continue
+        hidden, gates = int(old.inputs[_R].shape[2]), GATES[node.op]
         units = kept.get(id(node.inputs[_R]))
         units = np.arange(hidden) if units is None else units
         rows = (np.arange(gates)[:, None] * hidden + units).reshape(-1)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxslim.passes._bias import beta_of
 from onnxslim.passes._linear import Affine, Layer, cancels, has_padding
 from onnxslim.passes._match import FLOATS, readable
 from onnxslim.passes._rewriter import Rewriter
@@ -155,7 +156,7 @@ def _new_bias(g: Rewriter, layer: Layer, affine: Affine, dtype: np.dtype, freed:
             return Refused(f"the bias {tensor.name!r} of the {layer.node.op} is not constant")
         if value.size not in (1, layer.channels) or (value.ndim > 1 and value.size != value.shape[-1]):
             return Refused(f"the {layer.node.op} adds a matrix, not a vector")
-        old = value.astype(np.float64).reshape(-1) * _beta(layer.node)
+        old = value.astype(np.float64).reshape(-1) * beta_of(layer.node)
     scaled = old if affine.scale is None else old * affine.scale
     if affine.shift is not None and affine.scale is None and cancels(scaled, affine.shift):
         return Refused("it takes away what the bias adds, which rounds what lies between")
@@ -167,11 +168,7 @@ def _new_bias(g: Rewriter, layer: Layer, affine: Affine, dtype: np.dtype, freed:
     narrow = _narrowed(np.ascontiguousarray(whole), dtype)
     # A bias of zeros stays itself when it is scaled, and shared with others.
     same = value is not None and not isinstance(narrow, Refused) and np.array_equal(narrow, value)
-    return None if same and _beta(layer.node) == 1.0 else narrow
-
-
-def _beta(node: gs.Node) -> float:
-    return float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
+    return None if same and beta_of(layer.node) == 1.0 else narrow
 
 
 def _narrowed(wide: np.ndarray, dtype: np.dtype) -> np.ndarray | Refused:

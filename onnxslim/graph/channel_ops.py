@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxslim.graph.channel_rules import Op, Rule, Unknown
+from onnxslim.graph.channel_rules import GATES, Op, Rule, Unknown
 from onnxslim.graph.channel_shapes import flatten, name_lengths, normal, note, reshape, shape, squeeze, unsqueeze
 from onnxslim.graph.coupling import Cut, Indices
 from onnxslim.graph.walk import constant_value
@@ -164,7 +164,7 @@ def _recurrent(op: Op) -> None:
     Both directions lose the same units. A unit without weights stays 0 where it starts there, unless the node has
     activations that are not 0 at 0.
     """
-    gates = {"RNN": 1, "GRU": 3, "LSTM": 4}[op.node.op]
+    gates = GATES[op.node.op]
     weight, again = op.weight(1), op.weight(2)
     hidden = op.dims(again)[2]
     if not isinstance(hidden, int) or op.dims(weight)[1] != gates * hidden:
@@ -469,6 +469,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_BROADCAST.split(), _broadcast),
     **dict.fromkeys(_POOLS.split(), _pool),
     **dict.fromkeys(_REDUCTIONS.split(), _reduce),
+    **dict.fromkeys(GATES, _recurrent),
     "ArgMax": _arg,
     "ArgMin": _arg,
     "BatchNormalization": _batch_norm,
@@ -482,11 +483,9 @@ RULES: dict[str, Rule] = {
     "Flatten": flatten,
     "Gather": _gather,
     "Gemm": _gemm,
-    "GRU": _recurrent,
     "GroupNormalization": _group_norm,
     "Hardmax": _softmax,
     "InstanceNormalization": _instance_norm,
-    "LSTM": _recurrent,
     "LayerNormalization": _layer_norm,
     "LogSoftmax": _softmax,
     "MatMul": _matmul,
@@ -496,7 +495,6 @@ RULES: dict[str, Rule] = {
     "QLinearMatMul": _quantized,
     "QuantizeLinear": _quantized,
     "RMSNormalization": _layer_norm,
-    "RNN": _recurrent,
     "Reshape": reshape,
     "Resize": _resize,
     "Shape": shape,

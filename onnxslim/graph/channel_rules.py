@@ -17,12 +17,13 @@ from onnxslim.graph.shapes import Shapes
 from onnxslim.graph.walk import constant_value, subgraphs
 from onnxslim.model import Model
 
-__all__ = ["Op", "Rule", "Tracer", "Unknown", "match_axes", "trace"]
+__all__ = ["GATES", "Op", "Rule", "Tracer", "Unknown", "match_axes", "trace"]
 
 Dims = list[int | str | None]
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}  # rows of W and R for each hidden unit
 _WEIGHT_SLOTS = {
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul"), (0, 1)),
-    **dict.fromkeys(("LSTM", "GRU", "RNN"), (1, 2)),
+    **dict.fromkeys(GATES, (1, 2)),
 }
 # One number of a shape tensor: itself, the length of an axis of a tensor, or unknown.
 Element = int | tuple[gs.Tensor, int] | None
