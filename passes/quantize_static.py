@@ -176,7 +176,8 @@ class QuantizeStatic(Pass):
         if unraised:
             outcome.refuse("qdq", "model", f"{unraised}, and per-channel quantization needs {_OPSET}")
             return []
-        absorb(model, spelled_out=RUNTIMES[self.runtime].carries)
+        named = any(node.op == "HardSwish" and matches(node, self.exclude) for node in model.graph.nodes)
+        absorb(model, spelled_out=RUNTIMES[self.runtime].carries and not named)
         runs: list[Quantizer] = []
         stored = plan.of(model.graph) if plan is not None else None
         if plan is None or stored is not None:

@@ -333,6 +333,16 @@ def test_gate_of_small_numbers_has_a_code_of_its_own():
     assert decibels(proto, model, images(seed=5)) > 33
 
 
+def test_hard_swish_that_is_excluded_stays_one_node():
+    b = Builder()
+    b.node("HardSwish", [b.conv("x", "c1", 3, 32)], "s1")
+    b.conv("s1", "y", 32, 16)
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 16, 12, 12]})
+    for exclude in (("HardSwish",), ("s1",)):
+        model, _ = quantize(proto, images(), exclude=exclude)
+        assert ops(model)["HardSwish"] == 1 and ops(model)["Mul"] == 0
+
+
 def test_relu_of_a_sum_that_is_read_elsewhere_clips_its_codes(tmp_path: Path):
     """As before the activation in a ResNetV2: rounding the sum again, with another scale, would only add noise."""
     b = Builder()
