@@ -27,6 +27,8 @@ def absorb(model: Model, *, spelled_out: bool) -> None:
         spelled_out: whether what runs the model has int8 kernels for the parts of a HardSwish, not for the whole.
     """
     rewriter = Rewriter(model)
-    rules = (*PAD_RULES, fold_affine, batchnorm_as_conv, mean_as_pool, *((hard_swish_as_product,) * spelled_out))
+    rules = [*PAD_RULES, fold_affine, batchnorm_as_conv, mean_as_pool]
+    if spelled_out:
+        rules.append(hard_swish_as_product)
     apply_rules(rewriter, rules, Ledger(Outcome(), Context()))
     rewriter.finish()

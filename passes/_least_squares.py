@@ -36,7 +36,7 @@ Feed = dict[str, np.ndarray]
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # tried on held-out samples where none is given, and then around the best
 _HALF_DECADE = 10**0.5
-_WIDEST_TRIAL = 1152  # inputs of a layer up to which that is affordable: fourteen solves and a second set of moments
+_WIDEST_TRIAL = 1152  # inputs of a layer up to which that is affordable: some ten solves and a second set of moments
 
 
 @dataclass
@@ -325,11 +325,16 @@ def _best_ridge(parts: list[Moments], start: FloatArray, *, centred: bool) -> fl
             for half, other in (parts, parts[::-1])
         )
 
-    at = len(RIDGES) // 2
-    while (step := min((-1, 0, 1), key=lambda step: error(RIDGES[at + step]))) and 0 < at + step < len(RIDGES) - 1:
-        at += step
-    decade = RIDGES[at + step]
+    decade = RIDGES[len(RIDGES) // 2]
+    while (better := min(_near(decade), key=error)) != decade:
+        decade = better
     return min((decade, decade / _HALF_DECADE, decade * _HALF_DECADE), key=error)
+
+
+def _near(ridge: float) -> tuple[float, ...]:
+    """A ridge that is tried, and those beside it."""
+    at = RIDGES.index(ridge)
+    return RIDGES[max(at - 1, 0) : at + 2]
 
 
 def solve(moments: Moments, start: FloatArray, ridge: float, *, centred: bool = True) -> FloatArray:

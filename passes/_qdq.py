@@ -254,23 +254,22 @@ class Emitter:
         for node in chain.nodes:
             node.inputs.clear()
             node.outputs.clear()
-        if self.codes[output.name].bounds is None:
+        bounds = self.codes[output.name].bounds
+        if bounds is None:
             self._write_codes(chain.source, output)
         else:
-            self._clip_codes(chain.source.name, output)
+            self._clip_codes(chain.source.name, output, bounds)
 
-    def _clip_codes(self, source: str, result: gs.Tensor) -> None:
+    def _clip_codes(self, source: str, result: gs.Tensor, bounds: tuple[int, int]) -> None:
         """Append ``codes of source -> Clip -> DequantizeLinear -> result``."""
-        code = self.codes[result.name]
-        low, high = code.bounds or (0, LEVELS)
         codes = self._quantized[source]
-        if (low, high) != (0, LEVELS):
-            inputs = [codes, self._zero(low), self._zero(high)]
+        if bounds != (0, LEVELS):
+            inputs = [codes, *map(self._zero, bounds)]
             codes = self._variable("q", self.runtime.dtype)
             self._nodes.append(gs.Node("Clip", codes.name, inputs=inputs, outputs=[codes]))
         self._quantized[result.name] = codes
-        node = self._dequantize(codes, code.read, result)
-        node.name = f"{result.name}d"
+        node = self._dequantize(codes, self.codes[result.name].read, result)
+        node.name = f"{result.name}d"  # more nodes may read these codes
         self._nodes.append(node)
 
     def _emit_anchor(self, anchor: Anchor) -> None:

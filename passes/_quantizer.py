@@ -507,7 +507,7 @@ class Quantizer:
             The layers whose weights have to stay float: the fewest of ``kept`` with which the error is near its least,
             or no more than that of the int8 model.
         """
-        if not (self.split and self.split.honest):
+        if not (self.split and self.split.honest and (self.kept or self.options.reconstruct)):
             return self.kept
         judge = Judge.of(model, self.split.held())
         layers = [node for node in model.graph.nodes if not skip(node)]

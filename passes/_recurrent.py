@@ -7,7 +7,7 @@ of the original model, whose states are taken as they are: no errors of earlier 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,24 +17,15 @@ from numpy.typing import NDArray
 from onnxslim.graph.channel_rules import GATES
 from onnxslim.graph.coupling import Coupling, Cut
 from onnxslim.model import Model
+from onnxslim.passes._least_squares import Refit
 from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
 from onnxslim.runtime import Feed, Session
 
-__all__ = ["GateRefit", "product_of", "refit_gates"]
+__all__ = ["product_of", "refit_gates"]
 
 FloatArray = NDArray[np.float64]
 _W, _R, _B = 1, 2, 3
 _DAMPING = 1e-2  # of the mean variance of an input, as optimal brain surgeon is damped
-
-
-@dataclass
-class GateRefit:
-    """What a refit did to the gates of a node: relative mean squared errors of the product, or why there was none."""
-
-    node: gs.Node
-    before: float = 0.0
-    after: float = 0.0
-    why: str | None = None
 
 
 def product_of(node: gs.Node, weight: int) -> LinearLayer | None:
@@ -78,7 +69,7 @@ class _Task:
 
 def refit_gates(
     model: Model, teacher: Model, coupling: Coupling, plan: Cut, feeds: Callable[[], Iterable[Feed]]
-) -> list[GateRefit]:
+) -> list[Refit]:
     """Let the weights that a cut left to recurrent nodes make up for those that went; biases take the means.
 
     Args:
@@ -90,12 +81,7 @@ def refit_gates(
     Raises:
         SlimError: the teacher does not run on the feeds.
     """
-    tasks = list(_tasks(model, teacher, coupling, plan))
-    refits = [
-        GateRefit(node, why="it gives only its last states, or shares its weights, or computes its bias")
-        for node in _changed(model, plan, coupling)
-        if not any(task.node is node for task in tasks)
-    ]
+    tasks, refits = _tasks(model, teacher, coupling, plan)
     if not tasks:
         return refits
     found: dict[tuple[int, int], Moments] = {}
@@ -114,32 +100,44 @@ def refit_gates(
     return refits
 
 
-def _changed(model: Model, plan: Cut, coupling: Coupling) -> list[gs.Node]:
-    """The recurrent nodes that lost inputs or units."""
-    cut = {id(use.node) for use in coupling.uses if not use.makes and plan.kept(use.axis) is not None}
-    return [node for node in model.graph.nodes if node.op in GATES and id(node) in cut]
-
-
-def _tasks(model: Model, teacher: Model, coupling: Coupling, plan: Cut) -> Iterator[_Task]:
+def _tasks(model: Model, teacher: Model, coupling: Coupling, plan: Cut) -> tuple[list[_Task], list[Refit]]:
+    """The products that lost inputs, and why some of them cannot be refitted."""
     before = {tensor.name: node for node in teacher.graph.nodes for tensor in node.outputs if tensor.name}
     kept = {id(coupling.places[use.axis].tensor): plan.kept(use.axis) for use in coupling.uses if not use.makes}
-    for node in _changed(model, plan, coupling):
+    tasks: list[_Task] = []
+    refused: list[Refit] = []
+    for node in model.graph.nodes:
+        if node.op not in GATES:
+            continue
         old = before[next(tensor.name for tensor in node.outputs if tensor.name)]
-        if any(not isinstance(old.inputs[slot], gs.Constant) or len(old.inputs[slot].outputs) > 1 for slot in (_W, _R)):
-            continue
-        if len(old.inputs) > _B and not old.inputs[_B].is_empty() and not isinstance(old.inputs[_B], gs.Constant):
-            continue
-        hidden, gates = int(old.inputs[_R].shape[2]), GATES[node.op]
-        units = kept.get(id(node.inputs[_R]))
-        units = np.arange(hidden) if units is None else units
-        rows = (np.arange(gates)[:, None] * hidden + units).reshape(-1)
         for slot in (_W, _R):
             stay = kept.get(id(node.inputs[slot]))
-            if stay is not None and not (slot == _R and old.outputs[0].is_empty()):
-                yield _Task(node, old, slot, stay, rows)
+            if stay is None:
+                continue
+            why = _unfit(old, slot)
+            if why is not None:
+                refused.append(Refit(node, why=why))
+                continue
+            hidden, units = int(old.inputs[_R].shape[2]), kept.get(id(node.inputs[_R]))
+            units = np.arange(hidden) if units is None else units
+            rows = (np.arange(GATES[node.op])[:, None] * hidden + units).reshape(-1)
+            tasks.append(_Task(node, old, slot, stay, rows))
+    return tasks, refused
 
 
-def _refit(model: Model, task: _Task, moments: list[Moments]) -> GateRefit:
+def _unfit(node: gs.Node, slot: int) -> str | None:
+    """Why a product of a recurrent node cannot be refitted; None when it can."""
+    weights = node.inputs[_W], node.inputs[_R]
+    if any(not isinstance(weight, gs.Constant) or len(weight.outputs) > 1 for weight in weights):
+        return "its weights are computed, or serve other layers too"
+    if len(node.inputs) > _B and not node.inputs[_B].is_empty() and not isinstance(node.inputs[_B], gs.Constant):
+        return "its bias is computed"
+    if slot == _R and node.outputs[0].is_empty():
+        return "it gives its last states only, from which those that went cannot be made up for"
+    return None
+
+
+def _refit(model: Model, task: _Task, moments: list[Moments]) -> Refit:
     """Write the new weights of one product, and what its gates lose on average into their bias."""
     old = np.asarray(task.teacher.inputs[task.slot].values, np.float64)[:, task.rows]
     gone = np.setdiff1d(np.arange(old.shape[2]), task.kept)
@@ -157,14 +155,14 @@ def _refit(model: Model, task: _Task, moments: list[Moments]) -> GateRefit:
         after += float(np.einsum("ok,kl,ol->", lost, rest, lost))
         power += float(np.einsum("ok,kl,ol->", old[direction], covariance, old[direction]))
     if not (np.isfinite(new).all() and np.isfinite(shift).all()):
-        return GateRefit(task.node, why="its least squares did not come out finite")
+        return Refit(task.node, why="its least squares did not come out finite")
     weight = task.node.inputs[task.slot]
     weight.values = new.astype(weight.dtype)
     if task.slot == _R and task.node.op == "GRU" and not task.node.attrs.get("linear_before_reset", 0):
         third = len(task.rows) // 3
         shift[:, -third:] = 0.0  # of a product with states that were reset, of which the mean is not known
     _add_to_bias(model, task, shift)
-    return GateRefit(task.node, before / max(power, 1e-30), max(after, 0.0) / max(power, 1e-30))
+    return Refit(task.node, before / max(power, 1e-30), max(after, 0.0) / max(power, 1e-30))
 
 
 def _add_to_bias(model: Model, task: _Task, shift: FloatArray) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from onnxslim.bodies import bodies
+from onnxslim.graph.channel_rules import GATES
 from onnxslim.graph.cost import node_macs, parameter_count
 from onnxslim.graph.coupling import Coupling, Cut, Group, couple, cut
 from onnxslim.graph.shapes import infer_shapes
@@ -24,6 +25,7 @@ from onnxslim.model import Model
 from onnxslim.node_latency import node_latencies
 from onnxslim.passes._channel_scores import Removal, norm_removal, obs_removal, reader_moments, readers
 from onnxslim.passes._correction import Judge
+from onnxslim.passes._least_squares import recover
 from onnxslim.passes._recurrent import refit_gates
 from onnxslim.passes._statistics import LinearLayer
 from onnxslim.passes._widths import Choice, WeightCost, allocate, uniform_widths, weight_costs, width_step
@@ -76,8 +78,8 @@ class PruneChannels(Pass):
 
     With calibration data (no labels) every layer behind a cut is refitted by least squares, in topological order, with
     the model as it was before as the teacher (He et al. 2017, arXiv 1707.06168); so are the gates of LSTM, GRU and RNN
-    whose hidden units or inputs were cut. Without data the cut stays as it is,
-    which costs most of the accuracy of a real network at any ratio worth having.
+    whose hidden units or inputs were cut. Without data the cut stays as it is, which costs most of the accuracy of a
+    real network at any ratio worth having.
 
     Cost: two forward passes over the calibration samples for the refit, one more for the criterion, and memory for one
     input covariance per layer at a time.
@@ -330,14 +332,7 @@ class PruneChannels(Pass):
         quick: bool = False,
     ) -> None:
         """Refit; wide layers see more rows of each sample where it is known how many ``samples`` there are."""
-        from onnxslim.passes._least_squares import recover
-
-        for gates in refit_gates(model, teacher, coupling, plan, batches):
-            name = gates.node.name or next(tensor.name for tensor in gates.node.outputs if tensor.name)
-            if gates.why is None:
-                outcome.change(_REFIT, name, f"relative error of its gates {gates.before:.3g} -> {gates.after:.3g}")
-            else:
-                outcome.refuse(_REFIT, name, f"its gates were not refitted: {gates.why}")
+        gates = refit_gates(model, teacher, coupling, plan, batches)
         made = {id(use.node): use.axis for use in coupling.uses if use.makes}
 
         def kept(layer: LinearLayer) -> NDArray[np.int64] | None:
@@ -359,10 +354,11 @@ class PruneChannels(Pass):
             quick=quick,
             progress=context.progress,
         )
-        for refit in refits:
-            name = refit.node.name or refit.node.outputs[0].name
+        for refit in (*gates, *refits):
+            name = refit.node.name or next(tensor.name for tensor in refit.node.outputs if tensor.name)
+            what = "gates" if refit.node.op in GATES else "output"
             if refit.why is None:
-                outcome.change(_REFIT, name, f"relative error of its output {refit.before:.3g} -> {refit.after:.3g}")
+                outcome.change(_REFIT, name, f"relative error of its {what} {refit.before:.3g} -> {refit.after:.3g}")
             else:
                 outcome.refuse(_REFIT, name, f"was not refitted: {refit.why}")
 

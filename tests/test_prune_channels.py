@@ -655,5 +655,8 @@ def test_gates_of_recurrent_layers_make_up_for_units_that_went(op: str, attribut
         assert {node.attrs["hidden_size"] for node in model.graph.nodes if node.op == op} != {24}
         refitted = [change.node for change in outcome.changes if "of its gates" in change.what]
         assert bool(refitted) == recover
+        refused = [refusal.node for refusal in outcome.refusals if "its last states only" in refusal.why]
+        narrower = [node.name for node in model.graph.nodes if node.op == op and node.attrs["hidden_size"] < 24]
+        assert refused == (["layer1"] if last and recover and "layer1" in narrower else [])
         errors[recover] = np.square(run(model, test) - true).sum() / np.square(true - true.mean()).sum()
     assert errors[True] < 0.5 * errors[False]
