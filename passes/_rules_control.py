@@ -95,6 +95,38 @@ def _may_go(g: Rewriter, node: gs.Node, body: gs.Graph, index: int) -> bool:
     return not entry.outputs or (copies and not result.outputs and g.output_count(result) == 1)
 
 
+@rule("hoist-invariant", "Loop", "Scan", since=9)
+def _invariant_state(g: Rewriter, node: gs.Node) -> str | None:
+    """A value that a Loop or Scan hands from iteration to iteration unchanged -> read from outside it, and behind it.
+
+    Weights carried so (JAX) are constants only then, to every rule and pass.
+    """
+    body, (ahead, skipped) = node.attrs.get("body"), (2, 1) if node.op == "Loop" else (0, 0)
+    states = len(node.inputs) - ahead - int(node.attrs.get("num_scan_inputs", 0))
+    if not isinstance(body, gs.Graph) or len(body.outputs) != len(node.outputs) + skipped:
+        return None
+    for index in range(states):
+        value, entry, behind = node.inputs[index + ahead], body.inputs[index + ahead], node.outputs[index]
+        handed_on = body.outputs[index + skipped]
+        while (
+            handed_on is not entry
+            and handed_on is not value
+            and (copy := g.producer(handed_on, "Identity")) is not None
+        ):
+            handed_on = copy.inputs[0]
+        inside = handed_on is entry and not g.is_output(entry) and g.can_replace(entry, value)
+        outside = inside or handed_on is value
+        outside = outside and bool(behind.outputs) and not g.is_output(behind) and g.can_replace(behind, value)
+        if inside:
+            g.replace(entry, value)
+        if outside:
+            g.detach(node, behind)
+            g.replace(behind, value)
+        if inside or outside:
+            return f"{entry.name!r} is {value.name!r} in every iteration"
+    return None
+
+
 _RANK_BY_FIRST = frozenset({"Identity", "Squeeze", "Unsqueeze", "Relu", "Sigmoid", "Tanh", "Cast"})
 
 
@@ -111,4 +143,10 @@ def _constant_node(g: Rewriter, node: gs.Node) -> str | None:
     return "made an initializer"
 
 
-CONTROL_RULES: tuple[Rule, ...] = (_constant_condition, _impossible_branch, _dead_result, _constant_node)
+CONTROL_RULES: tuple[Rule, ...] = (
+    _constant_condition,
+    _impossible_branch,
+    _invariant_state,
+    _dead_result,
+    _constant_node,
+)

@@ -68,6 +68,68 @@ def test_a_scan_collects_only_what_is_read():
     assert ops(model) == {"Scan": 1, "Add": 1, "Neg": 1}
 
 
+CARRIED = """g (int64 m, float[2] x, float[2] z) => ({outputs}) {{
+    c = Constant<value = bool {{1}}>()
+    y, u, v = Loop(m, c, x, z) <body = b (int64 i, bool k, float[2] p, float[2] q) =>
+        (bool o, float[2] r, float[2] s, float[2] t) {{ o = Identity(k) {body} }}>
+    {after}
+}}"""
+
+
+@pytest.mark.parametrize(
+    ("outputs", "body", "after", "inputs", "outside"),
+    [
+        # Read in the body, behind the loop, and from a body within the body; through two copies too.
+        ("float[2] w, float[k, 2] v", "r = Mul(p, q) s = Identity(q) t = Exp(r)", "w = Add(u, y)", "mcx", True),
+        ("float[2] y, float[k, 2] v", "a = Identity(q) s = Identity(a) r = Mul(p, a) t = Exp(r)", "", "mcx", True),
+        (
+            "float[2] y, float[k, 2] v",
+            """s = Identity(q) t = Exp(p) d = Constant<value = int64 {2}>()
+               r = Loop(d, k, p) <body = e (int64 j, bool l, float[2] a) => (bool f, float[2] h)
+                   { f = Identity(l) h = Mul(a, q) }>""",
+            "",
+            "mcx",
+            True,
+        ),
+        # What is an output of the model stays one; the body reads from outside all the same.
+        ("float[2] y, float[2] u, float[k, 2] v", "r = Mul(p, q) s = Identity(q) t = Exp(r)", "", "mcxz", True),
+        # Changed once, or exchanged with another value: it is not the same in every iteration.
+        ("float[2] y, float[k, 2] v", "r = Mul(p, q) s = Neg(q) t = Exp(r)", "", "mcxz", False),
+        ("float[2] y, float[k, 2] v", "r = Identity(q) s = Identity(p) t = Add(p, q)", "", "mcxz", False),
+    ],
+)
+def test_what_a_loop_carries_unchanged_is_read_from_outside(outputs, body, after, inputs, outside):
+    source = parse(CARRIED.format(outputs=outputs, body=body, after=after))
+    feeds = [{"m": np.array(m), "x": plain(2), "z": plain(2, seed=1)} for m in (0, 1, 3)]
+    model, _ = rewrite(source, Simplify(), feeds=feeds)
+    loop = next(node for node in model.graph.nodes if node.op == "Loop")
+    assert "".join(tensor.name for tensor in loop.inputs) == inputs
+    assert ("z" in read_by_bodies(loop)) == outside
+
+
+def read_by_bodies(node):
+    names = set()
+    for body in (value for value in node.attrs.values() if hasattr(value, "nodes")):
+        for each in body.nodes:
+            names |= {tensor.name for tensor in each.inputs} | read_by_bodies(each)
+    return names
+
+
+def test_what_a_scan_carries_unchanged_is_read_from_outside():
+    source = parse(
+        """g (float[2] x, float[2] w, float[n, 2] z) => (float[2] r, float[n, 2] y) {
+            r, u, y = Scan<num_scan_inputs = 1, body = b (float[2] p, float[2] v, float[2] q) =>
+                (float[2] s, float[2] o, float[2] t) { h = Mul(p, v) s = Add(h, q) o = Identity(v) t = Neg(s)
+                }>(x, w, z)
+        }"""
+    )
+    model, _ = rewrite(
+        source, Simplify(), feeds=[{"x": plain(2), "w": plain(2, seed=3), "z": plain(n, 2)} for n in (1, 4)]
+    )
+    (scan,) = model.graph.nodes
+    assert [tensor.name for tensor in scan.inputs] == ["x", "w", "z"] and "w" in read_by_bodies(scan)
+
+
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
 def test_a_resize_to_the_same_size_goes_where_it_takes_single_elements(mode):
     source = parse(
