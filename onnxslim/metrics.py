@@ -7,7 +7,9 @@ several with ``name@output``, such as ``top1@logits``.
 name                    needs      value of one sample
 ======================  =========  ==================================================================================
 ``top1``, ``top5``      labels     1 where the labelled class has the highest (one of the five highest) scores; for
-                                   a label a position, the share of positions
+                                   a label a position, the share of positions. ``top1`` of a model that gives no
+                                   scores of a fitting shape but classes (integers or strings): 1 where it gives the
+                                   label
 ``negative-mae``        labels     minus the mean absolute error
 ``negative-mse``        labels     minus the mean squared error
 ``agreement``           original   1 where the most likely class is the original's; for many positions, their share
@@ -420,6 +422,9 @@ def _bootstrap_feeds(
 def _top(k: int) -> Callable[[_Case], np.ndarray]:
     def values(case: _Case) -> np.ndarray:
         labels = case.labels
+        given = _given_classes(case) if k == 1 else None
+        if given is not None:
+            return np.asarray((given == labels).reshape(len(labels), -1).mean(axis=1))
         if labels.dtype.kind not in "iub":
             mend = ".astype('int64')" if labels.dtype.kind == "f" else "the index of each label's class in the output"
             raise DataError(f"labels are {labels.dtype}; {case.metric!r} needs class numbers: {mend}.")
@@ -439,6 +444,25 @@ def _top(k: int) -> Callable[[_Case], np.ndarray]:
         return np.asarray(right.reshape(len(labels), -1).mean(axis=1))
 
     return values
+
+
+def _given_classes(case: _Case) -> np.ndarray | None:
+    """The one output that names a class for each label, in the shape of the labels; None where scores fit them."""
+    labels = case.labels
+    strings = labels.dtype.kind in "OUS"
+    if not strings and any(
+        _label_axis(value.shape, labels.shape) is not None for value in _choose(case, case.outputs, "fiu").values()
+    ):
+        return None
+    wanted = [size for size in labels.shape if size != 1]
+    fitting = [
+        value
+        for value in _choose(case, case.outputs, "OUS" if strings else "iub").values()
+        if [size for size in value.shape if size != 1] == wanted
+    ]
+    if len(fitting) != 1 or labels.dtype.kind == "f":
+        return None
+    return fitting[0].reshape(labels.shape).astype(labels.dtype.kind if strings else np.int64)
 
 
 def _class_scores(case: _Case) -> np.ndarray:

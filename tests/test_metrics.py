@@ -112,6 +112,21 @@ def test_the_output_that_fits_is_chosen_and_ambiguity_is_an_error():
         score(twins, [0, 1, 2, 3, 0], "top1@c")
 
 
+def test_top1_of_a_model_that_gives_classes_and_no_scores():
+    maps = Fake(label=lambda x: x.argmax(axis=1), probability=lambda x: [{0: 1.0}] * len(x))
+    assert find_metric(None, data(SCORES, [0, 1, 2, 3, 1]), maps).name == "top1"
+    assert score(maps, [0, 1, 2, 3, 1]).value == 0.8
+    names = np.array(["ant", "bee", "cat", "do"], object)
+    named = Fake(label=lambda x: names[x.argmax(axis=1)], scores=lambda x: x)
+    assert score(named, np.array(["ant", "bee", "cat", "dog", "bee"])).value == 0.6
+    # Scores say more than an integer of the labels' shape, which may be something else; a name decides.
+    both = Fake(count=lambda x: x.argmin(axis=1), scores=lambda x: x)
+    assert score(both, [0, 1, 2, 3, 1]).value == 0.8
+    assert score(both, [1, 0, 0, 1, 1], metric="top1@count").value == 0.8
+    with pytest.raises(DataError, match="fit no output"):
+        score(Fake(a=lambda x: x.argmax(axis=1), b=lambda x: x.argmin(axis=1)), [0, 1, 2, 3, 1])
+
+
 def test_labels_that_do_not_fit_are_explained():
     for labels, message in (
         (None, "has no labels"),
