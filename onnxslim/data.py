@@ -51,6 +51,7 @@ __all__ = [
 DataSource: TypeAlias = "str | Path | Mapping[str, np.ndarray] | Iterable[Mapping[str, np.ndarray]] | Dataset"
 
 _LABELS = "labels"
+_LIKE_LABELS = frozenset({"label", "y", "target", "class", "y_true", "y_test", "ground_truth"})
 
 
 class _Feeds(Protocol):
@@ -653,6 +654,8 @@ def _check_names(where: str, names: set[str], inputs: Sequence[TensorSpec]) -> N
         folded = {other.lower(): other for other in known}
         close = difflib.get_close_matches(name.lower(), folded, n=1)
         hint = f"; did you mean {folded[close[0]]!r}?" if close else "."
+        if name.lower().rstrip("s") in _LIKE_LABELS:
+            hint = f"; labels go under {_LABELS!r}."
         raise DataError(f"{where}: {name!r} is not an input of the model (inputs: {listed}){hint}")
     missing = [spec.name for spec in inputs if not spec.optional and spec.name not in names]
     if missing:

@@ -121,6 +121,7 @@ def test_strings_need_no_pickle(tmp_path):
 def bad_npz(tmp_path):
     good = floats(4, 3)
     yield {"images": good}, "'images' is not an input"
+    yield {"x": good, "label": np.zeros(len(good))}, "labels go under 'labels'"
     yield {"X": good}, "did you mean 'x'"
     yield {}, "input 'x' is missing"
     yield {"x": good.astype(np.float64)}, r"float64, the model wants float32; convert it with .astype\('float32'\)"
