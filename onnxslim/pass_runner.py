@@ -124,10 +124,14 @@ class PassRunner:
                 for left in workspace.glob("model.onnx*"):
                     left.unlink()
             folder = self.cache.put(key, entry, workspace)
+        self.cache.forget(self._drafts(stage, pass_))
         if entry.status != "kept":
             return unchanged, entry
         path = folder / "model.onnx"
         return Stage(load(path), path, entry.score_after, key), entry
+
+    def _drafts(self, stage: Stage, pass_: Pass) -> Path:
+        return self.cache.drafts(content_key(stage=stage.key, **{"pass": pass_.name}))
 
     def _try(self, stage: Stage, pass_: Pass, path: Path) -> PassEntry:
         """Try a pass, weaker and weaker while it is out of budget."""
@@ -160,7 +164,12 @@ class PassRunner:
             self.progress(pass_.name, done, total)
 
         context = Context(
-            calibration=self.calibration, teacher=self.original, shapes=self.shapes, seed=self.seed, progress=tick
+            calibration=self.calibration,
+            teacher=self.original,
+            shapes=self.shapes,
+            seed=self.seed,
+            progress=tick,
+            drafts=self._drafts(stage, pass_),
         )
         outcome, result, finding, undone = self._make(stage, pass_, context, path)
         made = result is not None and finding.status in ("kept", "rolled back") and path.is_file()

@@ -1,24 +1,30 @@
-"""Stages of a run, kept by content hash: an interrupted run resumes, a finished one is free."""
+"""Stages of a run, kept by content hash: an interrupted run resumes, within a long pass too; a finished one is free."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ValidationError
 
 import onnxslim
 from onnxslim.errors import OutputError
 
-__all__ = ["StageCache", "content_key", "tool_fingerprint"]
+__all__ = ["Draft", "StageCache", "content_key", "tool_fingerprint"]
+
+logger = logging.getLogger(__name__)
 
 _Entry = TypeVar("_Entry", bound=BaseModel)
 _VERSIONED = ("numpy", "onnx", "onnxruntime", "onnx-graphsurgeon", "apache-tvm", "apache-tvm-ffi")
@@ -47,6 +53,34 @@ def content_key(**parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+@dataclass(frozen=True)
+class Draft:
+    """What a pass has found so far: a file of arrays to go on from after an interruption, or when tried weaker."""
+
+    path: Path
+
+    def load(self) -> dict[str, np.ndarray]:
+        """The arrays as they were saved last; none where there is nothing that can be read."""
+        try:
+            with np.load(self.path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return {}
+
+    def save(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace what was saved, whole or not at all; where it cannot be written, the pass goes on without it."""
+        written = self.path.with_suffix(".tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with written.open("wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+            written.replace(self.path)
+        except OSError as error:
+            logger.info("%s cannot be written (%s): an interrupted pass starts again", self.path, error.strerror)
+            with contextlib.suppress(OSError):
+                written.unlink()
+
+
 class StageCache:
     """A folder of results by key. Each is a folder with ``entry.json`` and what belongs to it, written whole or not."""
 
@@ -60,6 +94,14 @@ class StageCache:
             return kind.model_validate_json((folder / "entry.json").read_bytes()), folder
         except (OSError, ValidationError):
             return None
+
+    def drafts(self, key: str) -> Path:
+        """Where drafts of what will be kept under a key may lie; :meth:`forget` removes them."""
+        return self.folder / f"drafts-{key}"
+
+    def forget(self, drafts: Path) -> None:
+        """Remove drafts: what they were for is done."""
+        shutil.rmtree(drafts, ignore_errors=True)
 
     @contextlib.contextmanager
     def workspace(self) -> Iterator[Path]:

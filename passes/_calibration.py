@@ -2,11 +2,12 @@
 
 The model runs once over the data, with ReduceMin, ReduceMax and a strided Slice behind every watched tensor, so that
 nothing large leaves ONNX Runtime; a histogram that grows takes in what was drawn. A tensor that was ever not finite is
-marked so. Feeds may differ in shape.
+marked so. Feeds may differ in shape. What was seen so far is saved now and then, to go on from.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +21,7 @@ from onnxslim.runtime import Session
 
 if TYPE_CHECKING:
     from onnxslim.model import Model
+    from onnxslim.stages import Draft
 
 __all__ = ["Histogram", "Method", "Observed", "choose_range", "draw_steps", "observe"]
 
@@ -27,6 +29,7 @@ Method = Literal["mse", "minmax", "percentile", "entropy"]
 FloatArray = NDArray[np.float64]
 
 BINS = 4096
+_SAVE_SECONDS = 20
 _DRAWN = 1 << 20  # elements drawn of one tensor, over all feeds: enough for the tails of its histogram
 _NO_SPAN = 1e-30  # all but subnormal: no bins are made of it
 _LEAST_SHARE = 1e-9  # of what a code that holds nothing stands for
@@ -109,6 +112,7 @@ def observe(
     feeds: Iterable[dict[str, np.ndarray]],
     steps: Mapping[str, int] | None = None,
     progress: Callable[[], None] = lambda: None,
+    draft: Draft | None = None,
 ) -> dict[str, Observed]:
     """Return the extremes and sizes of float32 tensors of the main graph over all feeds.
 
@@ -118,6 +122,7 @@ def observe(
         feeds: what to run.
         steps: of the tensors whose histogram is wanted too, every how manieth element is counted.
         progress: called after each feed.
+        draft: goes on from there, behind the feeds that were seen for it, and keeps what is seen there.
 
     Raises:
         ModelError: ONNX Runtime cannot run the model, or a feed does not fit it.
@@ -132,8 +137,14 @@ def observe(
         name: [node.outputs[0].name for node in nodes if node.op != "Reshape"] for name, nodes in watching.items()
     }
     session = Session(watched, outputs=[result for results in fetched.values() for result in results])
-    seen = {name: Observed() for name in names}
-    for feed in feeds:
+    done, seen = (0, {}) if draft is None else _read_draft(draft.load())
+    if list(seen) != list(names):
+        done, seen = 0, {name: Observed() for name in names}
+    count, saved = done, time.monotonic()
+    for count, feed in enumerate(feeds, 1):
+        if count <= done:
+            progress()
+            continue
         found = session.run(feed)
         for name, (size, low, high, *drawn) in fetched.items():
             entry, elements = seen[name], int(found[size])
@@ -145,7 +156,39 @@ def observe(
             if drawn:
                 entry.histogram.add(found[drawn[0]])
         progress()
+        if draft is not None and time.monotonic() - saved > _SAVE_SECONDS:
+            draft.save(_draft(count, seen))
+            saved = time.monotonic()
+    if draft is not None and count > done:
+        draft.save(_draft(count, seen))
     return seen
+
+
+def _draft(done: int, seen: Mapping[str, Observed]) -> dict[str, np.ndarray]:
+    """What was seen in so many feeds, as arrays; the counts of all histograms are one behind the other."""
+    entries = list(seen.values())
+    histograms = [entry.histogram for entry in entries]
+    return {
+        "done": np.array(done),
+        "names": np.array(list(seen), str),
+        "ends": np.array([(entry.low, entry.high) for entry in entries]),
+        "elements": np.array([entry.elements for entry in entries]),
+        "widths": np.array([histogram.width for histogram in histograms]),
+        "bins": np.array([(histogram.first, histogram.counts.size) for histogram in histograms]),
+        "counts": np.concatenate([histogram.counts for histogram in histograms]),
+    }
+
+
+def _read_draft(arrays: Mapping[str, np.ndarray]) -> tuple[int, dict[str, Observed]]:
+    """The number of feeds, and what was seen in them; nothing of an empty draft."""
+    if not arrays:
+        return 0, {}
+    parts = np.split(arrays["counts"], np.cumsum(arrays["bins"][:, 1])[:-1])
+    columns = (arrays[name].tolist() for name in ("names", "ends", "elements", "widths", "bins"))
+    return int(arrays["done"]), {
+        name: Observed(low, high, elements, Histogram(width, first, counts))
+        for name, (low, high), elements, width, (first, _), counts in zip(*columns, parts, strict=True)
+    }
 
 
 def _by_name(graph: gs.Graph, names: Sequence[str]) -> list[tuple[str, gs.Tensor]]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from onnxslim.stages import Draft, content_key
+
 if TYPE_CHECKING:
     from onnxslim.data import Dataset
     from onnxslim.model import Model
@@ -84,6 +86,8 @@ class Context:
             same way every time.
         seed: seeds ``rng``; the same recipe gives the same model.
         progress: called as ``progress(done, total)`` during long work.
+        drafts: the folder of what this pass found in the same model with the same data before it was interrupted, or
+            tried stronger; None where nothing is kept.
     """
 
     calibration: Dataset | None = None
@@ -94,6 +98,11 @@ class Context:
     limit: int | None = None
     seed: int = 0
     progress: Callable[[int, int], None] = _silent
+    drafts: Path | None = None
+
+    def draft(self, **parts: object) -> Draft | None:
+        """The draft of what depends on the model, the data and these parts; None where nothing is kept."""
+        return None if self.drafts is None else Draft(self.drafts / f"{content_key(**parts)}.npz")
 
     def allows(self, rule: str, node: str) -> bool:
         """Whether a rule may be applied at a node, going by ``skip`` and ``skip_rules``."""
@@ -122,8 +131,8 @@ class Pass(BaseModel):
     def run(self, model: Model, context: Context) -> Outcome:
         """Rewrite ``model`` in place and say what was done.
 
-        A pass never prints, never writes files and never sees labels. When it raises, or its result does not pass the
-        guard, the runner throws the model away and goes on with the one from before.
+        A pass never prints, never writes files but drafts, and never sees labels. When it raises, or its result does
+        not pass the guard, the runner throws the model away and goes on with the one from before.
         """
         raise NotImplementedError
 

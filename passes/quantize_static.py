@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -186,8 +187,9 @@ class QuantizeStatic(Pass):
             runs[0].run()
         else:
             outcome.refuse("qdq", "model", f"{self.plan} holds no plan for its weights: it is that of another model")
-        for body in bodies(model, data, partial(outcome.refuse, "qdq")):
-            inside = Context(calibration=body.calibration, seed=context.seed, progress=context.progress)
+        for index, body in enumerate(bodies(model, data, partial(outcome.refuse, "qdq"))):
+            drafts = None if context.drafts is None else context.drafts / str(index)
+            inside = replace(context, calibration=body.calibration, shapes={}, drafts=drafts)
             runs += self._quantize(body.model, body.calibration, plan, inside, outcome, body.carried)
         return runs
 

@@ -16,6 +16,7 @@ from onnxslim.goals import EXIT_CODES
 from onnxslim.model_files import file_sha256
 from onnxslim.passes import Context, Outcome, Pass
 from onnxslim.record import Record
+from onnxslim.stages import Draft
 
 LOSSLESS = ["fold-constants", "simplify"]
 
@@ -130,6 +131,39 @@ def test_an_interrupted_run_resumes(small, tmp_path, monkeypatch):
     monkeypatch.undo()
     run = _optimize(small, tmp_path / "out")
     assert [entry.cached for entry in run.record.passes] == [True, True, False]
+
+
+def test_a_pass_interrupted_after_calibration_does_not_calibrate_again(small, tmp_path, monkeypatch):
+    whole = _optimize(small, tmp_path / "whole")
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("onnxslim.passes._quantizer.Quantizer._plan", stop)
+    with pytest.raises(KeyboardInterrupt):
+        _optimize(small, tmp_path / "out")
+    drafts = tmp_path / "out" / ".cache"
+    assert len(list(drafts.glob("drafts-*/*.npz"))) == 1
+    monkeypatch.undo()
+    read = _reads_of_drafts(monkeypatch)
+    run = _optimize(small, tmp_path / "out")
+    assert len(read) == 1 and int(read[0]["done"]) > 0
+    assert run.record.after.sha256 == whole.record.after.sha256
+    assert not list(drafts.glob("drafts-*"))
+
+
+def test_a_weaker_attempt_takes_the_calibration_of_the_stronger_one(small, tmp_path, monkeypatch):
+    read = _reads_of_drafts(monkeypatch)
+    monkeypatch.setattr("onnxslim.pass_runner.drop", lambda before, after: 1.0)
+    entry = _optimize(small, tmp_path / "out").record.passes[-1]
+    assert (entry.status, entry.attempts > 1) == ("rolled back", True)
+    assert [bool(arrays) for arrays in read] == [False, *[True] * (entry.attempts - 1)]
+
+
+def _reads_of_drafts(monkeypatch):
+    read, load = [], Draft.load
+    monkeypatch.setattr(Draft, "load", lambda self: read.append(load(self)) or read[-1])
+    return read
 
 
 def test_another_seed_or_option_is_another_stage(small, tmp_path):

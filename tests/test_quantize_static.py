@@ -22,6 +22,7 @@ from onnxslim.passes.base import Context, Outcome
 from onnxslim.passes.quantize_static import QuantizeStatic
 from onnxslim.passes.quantize_static import _speed as speed_of
 from onnxslim.runtime import Session
+from onnxslim.stages import Draft
 
 FLOAT = TensorProto.FLOAT
 
@@ -762,6 +763,53 @@ def test_extremes_of_all_feeds_are_observed():
     assert seen["r1"].elements == 32 * 144
     assert seen["x"].histogram.counts.sum() == 3 * 3 * 144
     assert seen["r1"].histogram.counts.sum() == 3 * -(-32 * 144 // 7)
+
+
+def test_observation_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch):
+    model = load(mobile_block())
+    names, steps = ["x", "r1"], {"x": 1, "r1": 7}
+    feeds = [{"x": feed["x"] * (1 + index)} for index, feed in enumerate(images(5))]
+    whole = observe(model, names, feeds, steps)
+    monkeypatch.setattr("onnxslim.passes._calibration._SAVE_SECONDS", -1)
+    draft = Draft(tmp_path / "new" / "draft.npz")
+
+    def broken_off():
+        yield from feeds[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        observe(model, names, broken_off(), steps, draft=draft)
+    ran = []
+    run = Session.run
+    monkeypatch.setattr(Session, "run", lambda self, feed: ran.append(feed) or run(self, feed))
+    resumed = observe(model, names, feeds, steps, draft=draft)
+    assert len(ran) == 2  # of five feeds
+    again = observe(model, names, feeds, steps, draft=draft)
+    assert len(ran) == 2
+    for found in (resumed, again):
+        assert list(found) == names
+        for name in names:
+            assert (found[name].low, found[name].high) == (whole[name].low, whole[name].high)
+            assert found[name].elements == whole[name].elements
+            assert found[name].histogram.width == whole[name].histogram.width
+            assert found[name].histogram.first == whole[name].histogram.first
+            np.testing.assert_array_equal(found[name].histogram.counts, whole[name].histogram.counts)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip", None])
+def test_a_draft_that_cannot_be_read_or_written_costs_nothing_but_time(tmp_path: Path, content: bytes | None):
+    model = load(mobile_block())
+    path = tmp_path / "draft.npz"
+    if content is None:
+        path = path / "file" / "draft.npz"
+        path.parent.parent.write_bytes(b"a file where a folder should be")
+    else:
+        path.write_bytes(content)
+    feeds = images(2)
+    found = observe(model, ["x"], feeds, {"x": 1}, draft=Draft(path))
+    assert found["x"].high == observe(model, ["x"], feeds)["x"].high
+    # Of other tensors, nothing is taken.
+    assert list(observe(model, ["r1"], feeds, draft=Draft(path))) == ["r1"]
 
 
 def test_mse_range_cuts_an_outlier_and_minmax_does_not():
