@@ -750,14 +750,23 @@ def _own(placement: Placement) -> list[str]:
 
 
 def _share_concat(placement: Placement, codes: dict[str, TensorCode]) -> None:
-    """Give what only a Concat reads the code of its result: the copy is then one of bytes, and rounds once."""
+    """Give what only a Concat reads the code of its result: the copy is then one of bytes, and rounds once.
+
+    That is the code that a chain behind it wants written where only the chain reads the result.
+    """
+    wanted = {
+        chain.source.name: codes[name].write
+        for name, chain in placement.chains.items()
+        if chain.source.name in placement.absorbed
+    }
     for name, propagator in placement.propagators.items():
         if propagator.node.op != "Concat":
             continue
         for tensor in propagator.node.inputs:
             inherits = _inherits(placement, tensor.name)
             if len(tensor.outputs) == 1 and not inherits and tensor.name not in placement.chains:
-                codes[tensor.name] = codes[name]
+                code = wanted.get(name)
+                codes[tensor.name] = codes[name] if code is None else TensorCode(code, code)
 
 
 def _inherits(placement: Placement, name: str) -> bool:

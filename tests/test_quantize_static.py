@@ -253,6 +253,30 @@ def test_concat_pool_pad_resize_transpose_run_on_codes(tmp_path):
     assert kernels["QLinearConcat"] == 1 and kernels["Pad"] == 1 and kernels["Resize"] == 1
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_what_a_relu_behind_a_concat_lets_through_is_all_that_is_written(tmp_path: Path, half: bool):
+    b = Builder()
+    b.conv("x", "c1", 3, 32)
+    b.conv("c1", "c2", 32, 32)
+    b.conv("c2", "c3", 32, 32)
+    b.node("Concat", ["c2", "c3"], "cat", axis=1)
+    if half:  # what is written is then in another scale than what is read
+        b.node("Mul", ["cat", b.constant("half", np.array(0.5, np.float32))], "halved")
+    b.node("Relu", ["halved" if half else "cat"], "r")
+    b.conv("r", "y", 64, 8)
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 8, 12, 12]})
+    model, _ = quantize(proto, images())
+    assert decibels(proto, model, images(seed=5)) > 28
+    concat = next(node for node in model.graph.nodes if node.op == "Concat")
+    read, written = (concat.inputs[1].inputs[0], concat.outputs[0].outputs[0])
+    assert (read.op, written.op) == ("DequantizeLinear", "QuantizeLinear")
+    assert [float(each.values) for each in read.inputs[1:]] == [float(each.values) for each in written.inputs[1:]]
+    assert int(written.inputs[2].values) == 0
+    kernels = fused(model, tmp_path)
+    assert kernels["QuantizeLinear"] == kernels["DequantizeLinear"] == 1
+    assert kernels["QLinearConcat"] == 1 and kernels["Relu"] == kernels["Mul"] == 0
+
+
 def test_zero_pads_become_those_of_the_convolution():
     b = Builder()
     pads = b.constant("pads", np.array([0, 0, 0, 0, 0, 0, 1, 1], np.int64))
