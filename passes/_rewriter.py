@@ -252,6 +252,13 @@ class Rewriter:
         self._touch(node)
         self._wake_producers(tensor)
 
+    def read_instead(self, old: gs.Tensor, new: gs.Tensor) -> None:
+        """Make the nodes that read ``old`` read ``new``; outputs of graphs and bodies stay what they are."""
+        for node in list(old.outputs):
+            for index, tensor in enumerate(node.inputs):
+                if tensor is old:
+                    self.set_input(node, index, new)
+
     def cut_inputs(self, node: gs.Node, count: int) -> None:
         """Keep the first ``count`` inputs of a node."""
         while len(node.inputs) > count:

@@ -114,11 +114,12 @@ def _invariant_state(g: Rewriter, node: gs.Node) -> str | None:
             and (copy := g.producer(handed_on, "Identity")) is not None
         ):
             handed_on = copy.inputs[0]
-        inside = handed_on is entry and not g.is_output(entry) and g.can_replace(entry, value)
-        outside = inside or handed_on is value
-        outside = outside and bool(behind.outputs) and not g.is_output(behind) and g.can_replace(behind, value)
+        if handed_on is not entry and handed_on is not value:
+            continue
+        inside = bool(entry.outputs) and all(g.is_visible(g.scope(user), value) for user in entry.outputs)
+        outside = bool(behind.outputs) and not g.is_output(behind) and g.can_replace(behind, value)
         if inside:
-            g.replace(entry, value)
+            g.read_instead(entry, value)
         if outside:
             g.detach(node, behind)
             g.replace(behind, value)
