@@ -64,7 +64,9 @@ class _Task:
     layers in one set.
 
     Attributes:
-        beside: what an Add joins to the layer's output, when the layer is to make up for its error too.
+        shift: the Add of a constant vector that alone reads a MatMul, and the slot of that vector: the layer's bias.
+        sum, beside: what an Add makes of the layer's output (and shift) and of something else, and that, when the layer
+            is to make up for its error too.
         unlike: whether the target was seen to have other positions than the output: an Add behind the layer repeats
             what it adds, or what was cut lay along the positions.
         seen: rows to refine the fit on, where an activation cuts off part of the output.
@@ -72,7 +74,9 @@ class _Task:
     """
 
     layer: LinearLayer
-    beside: gs.Tensor | None
+    shift: tuple[gs.Node, int] | None
+    sum: gs.Tensor | None = None
+    beside: gs.Tensor | None = None
     seen: Kept | None = None
     kept: NDArray[np.int64] | None = None
     halves: int = 2
@@ -83,7 +87,20 @@ class _Task:
     @property
     def target(self) -> gs.Tensor:
         """The tensor of the teacher that the layer's output, plus what is beside it, is to match."""
-        return self.layer.output if self.beside is None else self.layer.output.outputs[0].outputs[0]
+        return self.layer.output if self.sum is None else self.sum
+
+    @property
+    def end(self) -> gs.Tensor:
+        """The tensor of the cut model that holds the layer's output with its bias, wherever that is added."""
+        return self.layer.output if self.shift is None else self.shift[0].outputs[0]
+
+    @property
+    def shifted(self) -> FloatArray:
+        """What an Add behind the layer adds as its bias, ``[O]``, or 0."""
+        if self.shift is None:
+            return np.zeros(1)
+        add, slot = self.shift
+        return np.asarray(add.inputs[slot].values, np.float64).reshape(-1)
 
     @property
     def reads(self) -> list[str]:
@@ -108,7 +125,7 @@ class _Task:
         targets = layer.output_rows(target, rows, self.kept)
         beside = None if self.beside is None else layer.output_rows(x[self.beside.name], rows)
         if beside is not None:
-            targets = targets - beside
+            targets = targets - beside - self.shifted.astype(targets.dtype)
         if self.seen is not None:
             self.seen.add(inputs_, targets, beside)
         turn = (rows.sample + self.samples) % len(self.parts)
@@ -201,13 +218,14 @@ def _levels(model: Model, changed: set[int]) -> tuple[list[list[_Task]], list[Re
         if layer is not None and id(layer.data) in altered:
             why = _unfit(layer, users[id(layer.weight)])
             if why is None:
-                tasks[id(node)] = _Task(layer, None)
+                tasks[id(node)] = _Task(layer, _shift_add(model, layer))
             else:
                 refits.append(Refit(node, why=why))
         if id(node) in changed or any(id(tensor) in altered for tensor in node.inputs):
             altered.update(id(tensor) for tensor in node.outputs)
+    ends = {id(task.end): task for task in tasks.values()}
     for node in nodes:
-        _share_errors(model, node, tasks, altered)
+        _share_errors(model, node, ends, altered)
     # What is beside a layer may come later in the graph than the layer, so one sweep may not be enough.
     depth: dict[int, int] = {}
     level: dict[int, int] = {}
@@ -230,7 +248,7 @@ def _levels(model: Model, changed: set[int]) -> tuple[list[list[_Task]], list[Re
     return levels, refits
 
 
-def _share_errors(model: Model, node: gs.Node, tasks: dict[int, _Task], altered: set[int]) -> None:
+def _share_errors(model: Model, node: gs.Node, ends: dict[int, _Task], altered: set[int]) -> None:
     """At an Add, let one of the layers that feed it fit the sum: it makes up for the error of the other branch.
 
     That is the one with the most inputs, if nothing else reads its output (section 3.4.1 of He et al. 2017).
@@ -238,16 +256,14 @@ def _share_errors(model: Model, node: gs.Node, tasks: dict[int, _Task], altered:
     if node.op != "Add" or len(node.inputs) != 2 or node.domain not in (None, "", "ai.onnx"):
         return
     able = []
-    for slot, tensor in enumerate(node.inputs):
-        maker = tensor.inputs[0] if tensor.inputs else None
-        task = tasks.get(id(maker)) if maker is not None else None
+    for tensor, other in (node.inputs, node.inputs[::-1]):
+        task = ends.get(id(tensor))
         alone = len(tensor.outputs) == 1 and not is_graph_output(model.graph, tensor)
-        other = node.inputs[1 - slot]
         if task is not None and alone and id(other) in altered and other is not tensor:
             able.append((task.layer.shape[2], task, other))
     if able:
         _, task, other = max(able, key=lambda entry: entry[0])
-        task.beside = other
+        task.sum, task.beside = node.outputs[0], other
 
 
 def _unfit(layer: LinearLayer, users: int) -> str | None:
@@ -265,19 +281,15 @@ def _unfit(layer: LinearLayer, users: int) -> str | None:
 def _seen(model: Model, task: _Task) -> Kept | None:
     """Where to keep rows of a layer with an activation behind it; None where all of its output matters."""
     layer = task.layer
-    output, added = layer.output if task.beside is None else layer.output.outputs[0].outputs[0], np.zeros(1)
-    if task.beside is None and (shift := _shift_add(model, layer)) is not None:
-        add, slot = shift
-        output, added = add.outputs[0], np.asarray(add.inputs[slot].values, np.float64).reshape(-1)
-    limits = seen_range(model, output)
-    return None if limits is None else Kept(*limits, np.broadcast_to(added, layer.shape[0] * layer.shape[1]))
+    limits = seen_range(model, task.end if task.sum is None else task.sum)
+    return None if limits is None else Kept(*limits, np.broadcast_to(task.shifted, layer.shape[0] * layer.shape[1]))
 
 
 def _refit(model: Model, task: _Task, ridge: float | None) -> Refit:
     layer = task.layer
     if sum(part.count for part in task.parts) == 0:
         return Refit(layer.node, why="the calibration data gave it no finite input")
-    shift = _shift_add(model, layer)
+    shift = task.shift
     centred = layer.node.op != "MatMul" or shift is not None
     start = layer.matrices()
     strength = _best_ridge(task.parts, start, centred=centred) if ridge is None else ridge

@@ -2,26 +2,28 @@
 
 A layer of the working model, whose predecessors have changed already, sees inputs ``x``; the teacher's tensor of the
 same name says what it should give, ``y``. Their moments are all that closed-form fits need (He et al. 2017, asymmetric
-reconstruction). Inputs of layers that are still to come must not be mixed with the teacher's outputs: each error would
-be made up for twice.
+reconstruction). What an Add joins to the layer may be off already, and the layer makes up for that too. Inputs of
+layers that are still to come must not be mixed with the teacher's outputs: each error would be made up for twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxslim.graph.walk import is_graph_output
 from onnxslim.passes._statistics import LinearLayer, Moments
 
 if TYPE_CHECKING:
     from onnxslim.data import Dataset
     from onnxslim.model import Model
 
-__all__ = ["Split", "by_input", "channel_weights", "loss", "moments_between", "output_errors", "refits"]
+__all__ = ["Split", "by_input", "channel_weights", "loss", "moments_between", "output_errors", "refits", "residuals"]
 
 Array = NDArray[Any]
 FloatArray = NDArray[np.float64]
@@ -91,12 +93,53 @@ def by_input(layers: Sequence[LinearLayer]) -> Iterator[list[LinearLayer]]:
         yield part
 
 
+def residuals(graph: gs.Graph, groups: Sequence[Sequence[LinearLayer]]) -> dict[int, gs.Tensor]:
+    """What an Add joins to the output of layers that can make up for its error, by id of their nodes.
+
+    A layer whose output only that Add reads, an Add of a bias between them aside, when no layer of its group or of a
+    later one has a part in what is beside it (section 3.4.1 of He et al. 2017).
+    """
+    turns = {id(layer.node): turn for turn, group in enumerate(groups) for layer in group}
+    waits: dict[int, int] = {}  # tensor -> the last turn that it depends on
+    found: dict[int, gs.Tensor] = {}
+    for node in graph.nodes:
+        turn = max((waits.get(id(tensor), -1) for tensor in node.inputs), default=-1)
+        if _is_add(node):
+            for tensor, beside in (node.inputs, node.inputs[::-1]):
+                maker = _sole_maker(graph, tensor)
+                if maker is not None and _is_add(maker):
+                    computed = [each for each in maker.inputs if not isinstance(each, gs.Constant)]
+                    maker = _sole_maker(graph, computed[0]) if len(computed) == 1 else None
+                if maker is not None and -1 < waits.get(id(beside), -1) < turns.get(id(maker), -1):
+                    found[id(maker)] = beside
+        for tensor in node.outputs:
+            waits[id(tensor)] = max(turn, turns.get(id(node), -1))
+    return found
+
+
+def _is_add(node: gs.Node) -> bool:
+    """Whether a node is an Add of the default domain."""
+    return node.op == "Add" and node.domain in (None, "", "ai.onnx") and len(node.inputs) == 2
+
+
+def _sole_maker(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
+    """The node that makes a tensor of a single reader; None where there is none, or the graph gives it too."""
+    alone = len(tensor.inputs) == len(tensor.outputs) == 1 and not is_graph_output(graph, tensor)
+    return tensor.inputs[0] if alone else None
+
+
 def moments_between(
-    working: Model, teacher: Model, layers: Sequence[LinearLayer], data: Split, seed: int
+    working: Model,
+    teacher: Model,
+    layers: Sequence[LinearLayer],
+    data: Split,
+    seed: int,
+    beside: Mapping[int, gs.Tensor],
 ) -> list[tuple[Moments, Moments]]:
     """Moments of each layer's input in ``working`` against the teacher's tensor of the layer's output name.
 
-    Two of each: over the batches to fit on, and over those to judge by.
+    Where `residuals` are ``beside`` a layer, against what makes up for their error too. Two of each: over the batches
+    to fit on, and over those to judge by.
 
     Rows drawn from each sample grow where there are few samples for the width of a layer.
 
@@ -106,8 +149,9 @@ def moments_between(
     from onnxslim.runtime import Session
 
     found = [Moments.empty(layer.shape[0], layer.shape[2], layer.shape[1]) for layer in layers for _ in range(2)]
-    student = Session(working, outputs=sorted({layer.data.name for layer in layers}))
-    judge = Session(teacher, outputs=sorted({layer.output.name for layer in layers}))
+    joined = {id(layer.node): beside[id(layer.node)].name for layer in layers if id(layer.node) in beside}
+    student = Session(working, outputs=sorted({layer.data.name for layer in layers} | set(joined.values())))
+    judge = Session(teacher, outputs=sorted({layer.output.name for layer in layers} | set(joined.values())))
     pending: list[list[tuple[Array, Array]]] = [[] for _ in found]
     rng = np.random.default_rng(seed)
 
@@ -121,6 +165,8 @@ def moments_between(
         seen, asked = student.run(feed), judge.run(feed)
         for index, layer in enumerate(layers):
             y = asked[layer.output.name]
+            if (name := joined.get(id(layer.node))) is not None and asked[name].shape == seen[name].shape == y.shape:
+                y = y + (asked[name] - seen[name])
             drawn = layer.draw(y.shape, rng, layer.rows_each(data.samples))
             slot = 2 * index + held
             pending[slot].append((layer.input_rows(seen[layer.data.name], drawn), layer.output_rows(y, drawn)))

@@ -22,7 +22,7 @@ from onnxslim.node_latency import node_latencies
 from onnxslim.passes._bias import add_to_bias, bias_of
 from onnxslim.passes._factors import Candidate, Factors, factor_nodes, plain_matrix, replace_by_factors, set_product
 from onnxslim.passes._ranks import choose_ranks, spectrum
-from onnxslim.passes._refit import WIDEST, Split, by_input, loss, moments_between, output_errors, refits
+from onnxslim.passes._refit import WIDEST, Split, by_input, loss, moments_between, output_errors, refits, residuals
 from onnxslim.passes._statistics import Moments, input_moments, linear_layer
 from onnxslim.passes.base import Context, Outcome, Pass
 
@@ -351,8 +351,10 @@ class FactorizeLowRank(Pass):
         layers = layers[first:]
         better, whole = dict(fits), {}
         done = 0
-        for group in by_input(layers):
-            moments = moments_between(working, teacher, group, data, context.seed)
+        groups = list(by_input(layers))
+        beside = residuals(working.graph, groups)
+        for group in groups:
+            moments = moments_between(working, teacher, group, data, context.seed, beside)
             for layer, (seen, held) in zip(group, moments, strict=True):
                 key = id(twins[id(layer.node)])
                 dense = layer.matrices()

@@ -19,7 +19,16 @@ from onnxslim.passes._bias import add_to_bias, bias_of
 from onnxslim.passes._codebook import Coded, Feedback, fit, nearest
 from onnxslim.passes._identical import share_identical
 from onnxslim.passes._packed import CodebookWriter
-from onnxslim.passes._refit import Split, by_input, channel_weights, loss, moments_between, output_errors, refits
+from onnxslim.passes._refit import (
+    Split,
+    by_input,
+    channel_weights,
+    loss,
+    moments_between,
+    output_errors,
+    refits,
+    residuals,
+)
 from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
 from onnxslim.passes.base import Context, Outcome, Pass
 
@@ -227,10 +236,10 @@ class ShareWeights(Pass):
         groups = list(by_input(layers))
         for layer in (layer for group in groups for layer in group):
             layer.weight.values = original[id(layer.weight)].values
-        data = Split(context.calibration)
+        data, beside = Split(context.calibration), residuals(working.graph, groups)
         done = 0
         for group in groups:
-            found = moments_between(working, teacher, group, data, context.seed)
+            found = moments_between(working, teacher, group, data, context.seed, beside)
             for layer, (moments, held) in zip(group, found, strict=True):
                 weight = original[id(layer.weight)]
                 key = id(weight)
