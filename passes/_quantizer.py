@@ -480,14 +480,23 @@ class Quantizer:
         enough = max(_NEAR * plan.error, _SMALL_ERROR)
         nodes = {node.outputs[0].name: node for node in self.model.graph.nodes if is_one_of(self.kept, node)}
         rounded = round_stored(self.model, nodes.values(), split.fit, self._sizes(split), seed=self.context.seed)
-        for count in (*(count for count in (0, *_COUNTS) if count < len(self.kept)), len(self.kept)):
-            self.precise, stored = self.kept[:count], self.kept[count:]
-            codes = {name: rounded[name] for name in stored if name in rounded}
-            if not stored or judge.error(self._emitted_storing(plan, stored, codes)) <= enough:
-                break
+
+        def codes_behind(count: int) -> dict[str, WeightCodes]:
+            return {name: rounded[name] for name in self.kept[count:] if name in rounded}
+
+        def tried(count: int) -> float:
+            return judge.error(self._emitted_storing(plan, self.kept[count:], codes_behind(count)))
+
+        count = self._fewest_float(tried, enough)
+        self.precise, codes = self.kept[:count], codes_behind(count)
         for name, chosen in codes.items():
             self.on_grid[name] = StoredCodes.of(chosen, _weight(nodes[name]), weight_axis(nodes[name]))
         _put(self.model, codes)
+
+    def _fewest_float(self, error: Callable[[int], float], enough: float) -> int:
+        """How many of ``kept`` need float weights for an error that is small enough; all where fewer do not do."""
+        most = len(self.kept)
+        return next((count for count in (0, *_COUNTS) if count < most and error(count) <= enough), most)
 
     def _emitted_storing(self, plan: _Plan, layers: Collection[str], codes: dict[str, WeightCodes]) -> Model:
         """What is emitted, with the weights of some float layers stored in int8."""
@@ -527,8 +536,7 @@ class Quantizer:
         most = len(self.kept)
         least, best = min(((tried(most, codes), index) for index, codes in enumerate(choices)))
         enough = max(_NEAR * least, _SMALL_ERROR, self.error or 0.0)
-        counts = (count for count in (0, *_COUNTS) if count < most)
-        count = next((count for count in counts if tried(count, choices[best]) <= enough), most)
+        count = self._fewest_float(lambda count: tried(count, choices[best]), enough)
         _put(model, {name: codes for name, codes in choices[best].items() if name not in self.kept[:count]})
         return self.kept[:count]
 
