@@ -26,6 +26,9 @@ __all__ = ["AFFINE_RULES", "fold_affine"]
 
 # What only moves numbers about: a factor may be applied before or behind it.
 _VIEWS = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "DepthToSpace", "SpaceToDepth")
+_MOST_SPREAD = (
+    64  # between factors of channels that a weight takes: what quantizes it later has one step for all of them
+)
 _COPY_LIMIT = 1024
 
 
@@ -77,12 +80,20 @@ def _into_layer_behind(g: Rewriter, node: gs.Node) -> str | Refused | None:
     scale, shift = (None if part is None else part.reshape(-1) for part in parts)
     if not all(part is None or np.isfinite(part).all() for part in (scale, shift)):
         return Refused("its constant is not finite")
+    if scale is not None and _spread(scale) > _MOST_SPREAD:
+        return Refused(f"its factors differ by more than {_MOST_SPREAD} times: 8 or 16 bits would not hold the weight")
     edit = input_edit(g, layer, Affine(scale, shift), binary.x)
     if not isinstance(edit, Refused):
         edit.apply(g)
         return f"took the {before.op} {before.name} before it into its weight"
     moved = None if shift is None or scale is not None else _scale_past_shift(g, node, layer, before)
     return edit if moved is None else moved
+
+
+def _spread(factors: np.ndarray) -> float:
+    """How many times the largest factor is the smallest, zeros aside."""
+    sizes = np.abs(factors[factors != 0])
+    return float(sizes.max() / sizes.min()) if sizes.size else 1.0
 
 
 def _scale_past_shift(g: Rewriter, node: gs.Node, layer: Layer, add: gs.Node) -> str | None:
