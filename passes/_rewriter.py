@@ -273,8 +273,9 @@ class Rewriter:
         self._touch(node)
 
     def rewrite(self, node: gs.Node, op: str, attrs: dict[str, Any], inputs: Sequence[gs.Tensor]) -> None:
-        """Turn a node into another one with the same outputs."""
+        """Turn a node into another one, of the default domain, with the same outputs."""
         node.op = op
+        node.domain = None
         node.attrs = attrs
         node.attribute_types = {}
         wanted = list(inputs)

@@ -17,6 +17,7 @@ from onnxslim.passes._rules_control import CONTROL_RULES
 from onnxslim.passes._rules_fusion import FUSION_RULES
 from onnxslim.passes._rules_layout import LAYOUT_RULES, has_standing_convolutions
 from onnxslim.passes._rules_merge import merge_nodes
+from onnxslim.passes._rules_ml import ML_RULES
 from onnxslim.passes._rules_noop import NOOP_RULES
 from onnxslim.passes._rules_parts import PART_RULES
 from onnxslim.passes._rules_recurrent import RECURRENT_RULES
@@ -81,6 +82,7 @@ _RULES: tuple[Rule, ...] = (
     *VIEW_RULES,
     *PART_RULES,
     *RECURRENT_RULES,
+    *ML_RULES,
     *FUSION_RULES,
     *CONTROL_RULES,
 )
