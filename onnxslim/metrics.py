@@ -449,7 +449,7 @@ def _top(k: int) -> Callable[[_Case], np.ndarray]:
 def _given_classes(case: _Case) -> np.ndarray | None:
     """The one output that names a class for each label, in the shape of the labels; None where scores fit them."""
     labels = case.labels
-    strings = labels.dtype.kind in "OUS"
+    strings = labels.dtype.kind in "OU"
     if not strings and any(
         _label_axis(value.shape, labels.shape) is not None for value in _choose(case, case.outputs, "fiu").values()
     ):
@@ -457,7 +457,7 @@ def _given_classes(case: _Case) -> np.ndarray | None:
     wanted = [size for size in labels.shape if size != 1]
     fitting = [
         value
-        for value in _choose(case, case.outputs, "OUS" if strings else "iub").values()
+        for value in _choose(case, case.outputs, "OU" if strings else "iub").values()
         if [size for size in value.shape if size != 1] == wanted
     ]
     if len(fitting) != 1 or labels.dtype.kind == "f":

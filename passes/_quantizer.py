@@ -236,7 +236,9 @@ class Quantizer:
         read = {anchor.node.inputs[0].name for anchor in anchors.values()}  # of thin layers too, for other runtimes
         reached = sorted((self._place(self.model).reached | anchors.keys() | read) - seen.keys())
         steps = draw_steps({name: self.observed[name] for name in reached}, len(data))
-        draft = self.context.draft(weights=weights_digest(self.model.graph), steps=steps, batch=batch)
+        draft = self.context.draft(
+            weights=weights_digest(self.model.graph), steps=steps, batch=batch, samples=data.samples
+        )
         found = observe(self.model, reached, data.batches(batch), steps, self._progress(data, 0, 60, batch), draft)
         for name, entry in found.items():
             entry.elements = sizes[name]

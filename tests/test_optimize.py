@@ -144,6 +144,10 @@ def test_a_pass_interrupted_after_calibration_does_not_calibrate_again(small, tm
         _optimize(small, tmp_path / "out")
     drafts = tmp_path / "out" / ".cache"
     assert len(list(drafts.glob("drafts-*/*.npz"))) == 1
+    fewer = [*LOSSLESS, {"name": "quantize-static", "only_if_faster": False, "max_samples": 8}]
+    with pytest.raises(KeyboardInterrupt):
+        _optimize(small, tmp_path / "out", passes=fewer)
+    assert len(list(drafts.glob("drafts-*/*.npz"))) == 2
     monkeypatch.undo()
     read = _reads_of_drafts(monkeypatch)
     run = _optimize(small, tmp_path / "out")
