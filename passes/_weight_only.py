@@ -2,7 +2,8 @@
 
 A weight becomes ``Mul(Cast(codes), scales)``: ONNX Runtime folds that when it loads the model, so speed is that of
 float32, where it would run a DequantizeLinear again at every inference. It is legal in every operator set and body. An
-embedding table is looked up in int8, and only the rows that were looked up become float.
+embedding table is looked up in int8, and only the rows that were looked up become float. Where there are many scales or
+biases, they are stored in float16, which loses far less than int8.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _OVERHEAD = 400  # bytes of names and nodes
 _LIMIT = 127
 _CAST = 100  # bytes of the node that makes float32 of scales in float16
 _HALF_RANGE = 2.0**-14, 2.0**15  # in which float16 is good to 11 bits
+_LEAST_LARGEST = 2.0**-8
 # The axes over which one scale is shared, by op and position of the weight; for a weight of ``rank`` axes.
 _SHARED: dict[tuple[str, int], Callable[[gs.Node, int], tuple[int, ...]]] = {
     ("Conv", 1): lambda node, rank: tuple(range(1, rank)),
@@ -123,9 +125,29 @@ def _stored_scale(model: Model, weight: gs.Constant, scale: FloatArray) -> tuple
     """The scales of a weight as float32, and the node that makes them so of those that were halved."""
     if not _fits_half(scale):
         return gs.Constant(model.fresh_name(f"{weight.name}_s"), scale), []
-    stored = gs.Constant(model.fresh_name(f"{weight.name}_h"), scale.astype(np.float16))
-    real = gs.Variable(model.fresh_name(f"{weight.name}_s"), np.float32, list(scale.shape))
-    return real, [gs.Node("Cast", real.name, {"to": 1}, inputs=[stored], outputs=[real])]
+    real, cast = _halved(model, weight.name, scale)
+    return real, [cast]
+
+
+def _halved(model: Model, name: str, values: FloatArray) -> tuple[gs.Tensor, gs.Node]:
+    """Values stored in float16 as float32, and the node that makes them so."""
+    stored = gs.Constant(model.fresh_name(f"{name}_h"), values.astype(np.float16))
+    real = gs.Variable(model.fresh_name(f"{name}_s"), np.float32, list(values.shape))
+    return real, gs.Node("Cast", real.name, {"to": 1}, inputs=[stored], outputs=[real])
+
+
+def _halve_bias(model: Model, use: _Use) -> None:
+    """Store the bias of a layer in float16, if it is its own and there are enough to gain from."""
+    node = use.node
+    bias = node.inputs[2] if node.op in ("Conv", "ConvTranspose", "Gemm") and len(node.inputs) > 2 else None
+    if not isinstance(bias, gs.Constant) or bias.dtype != np.float32 or len(bias.outputs) != 1:
+        return
+    values = np.asarray(bias.values)
+    largest = float(np.abs(values).max(initial=0.0))
+    # What float16 holds to fewer bits than 11 is far below the largest then.
+    if 2 * values.size > _CAST and _LEAST_LARGEST <= largest <= _HALF_RANGE[1]:
+        node.inputs[2], cast = _halved(model, bias.name, values)
+        use.graph.nodes.insert(0, cast)
 
 
 def _finite(weight: gs.Constant, outcome: Outcome) -> FloatArray | None:
@@ -164,6 +186,7 @@ def _quantize_weight(model: Model, home: gs.Graph, weight: gs.Constant, uses: li
     home.nodes = [*nodes, *home.nodes]
     for use in uses:
         use.node.inputs[use.position] = result
+        _halve_bias(model, use)
     ops = ", ".join(sorted({use.node.op for use in uses}))
     outcome.change(RULE, first.node.name or first.node.outputs[0].name, f"{weight.name} ({ops}) is stored in int8")
     return values.size

@@ -480,6 +480,33 @@ def test_transposed_convolution_and_recurrent_weights_are_stored_in_int8(tmp_pat
     assert not {"Cast", "Mul", "DequantizeLinear"} & set(kernels)  # folded when the model is loaded: as fast as float
 
 
+@pytest.mark.parametrize(
+    ("channels", "factor", "shared", "halved"),
+    [
+        (96, 0.1, False, True),
+        (24, 0.1, False, False),
+        (96, 1e-7, False, False),
+        (96, 1e5, False, False),
+        (96, 0.1, True, False),
+    ],
+)
+def test_many_biases_of_float_layers_are_stored_in_float16(tmp_path: Path, channels, factor, shared, halved):
+    b = Builder()
+    bias = b.constant("b", b.random.normal(size=channels).astype(np.float32) * np.float32(factor))
+    b.node("ConvTranspose", ["x", b.weight("w", 8, channels, 3, 3), bias], "y", kernel_shape=[3, 3])
+    if shared:
+        b.node("Add", ["y", b.node("Reshape", [bias, b.constant("s", np.array([1, -1, 1, 1]))], "turned")], "z")
+    proto = b.model({"x": ["N", 8, 12, 12]}, {"z" if shared else "y": ["N", channels, 14, 14]})
+    feeds = images(8, channels=8)
+    model, outcome = quantize(proto, feeds)
+    assert outcome.numbers["weights stored in int8 only"] == channels * 8 * 9
+    stored = [tensor for node in model.graph.nodes for tensor in node.inputs if tensor.dtype == np.float16]
+    assert sum(tensor.shape == (channels,) for tensor in stored) == halved
+    assert decibels(proto, model, feeds) > 35
+    kernels = fused(model, tmp_path)
+    assert not {"Cast", "Mul", "DequantizeLinear"} & set(kernels)
+
+
 @pytest.mark.parametrize("outliers", ["rows", "columns"])
 def test_embedding_is_looked_up_in_int8(outliers):
     b = Builder()
