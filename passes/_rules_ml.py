@@ -40,7 +40,8 @@ def _extractor(g: Rewriter, node: gs.Node) -> str | None:
         return None
     (data, indices), scope, stem = node.inputs, g.scope(node), node.outputs[0].name
     rank, known = g.rank(data), g.constant(indices)
-    if not rank or (known is None and g.producer(indices, "ArgMax") is None) or (known is not None and known.min() < 0):
+    never_negative = g.producer(indices, "ArgMax") is not None if known is None else bool((known >= 0).all())
+    if not rank or not never_negative:
         return None
     if known is not None:
         indices = g.make_constant(scope, f"{stem}_indices", known.reshape(-1))
