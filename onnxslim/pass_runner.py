@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -34,12 +34,16 @@ _ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class Stage:
-    """A model between two passes: in memory, on disk, and scored; ``key`` hashes all that it came from."""
+    """A model between two passes: in memory, on disk, and scored; ``key`` hashes all that it came from.
+
+    ``foreign``: it has int8 for kernels that this processor lacks, and is scored as it is written, in float.
+    """
 
     model: Model
     path: Path
     score: Score | None
     key: str
+    foreign: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,8 @@ class PassRunner:
         """Apply one pass and return the stage after it: the new model, or the old one where the new does not hold."""
         files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in pass_.files]
         key = content_key(stage=stage.key, **{"pass": pass_.name, "options": pass_.options(), "files": files})
-        unchanged = Stage(stage.model, stage.path, stage.score, key)
+        unchanged = replace(stage, key=key)
+        foreign = stage.foreign or pass_.foreign
         cached = self.cache.get(key, PassEntry)
         if cached is not None:
             entry, folder = cached
@@ -115,7 +120,7 @@ class PassRunner:
             if entry.status != "kept":
                 return unchanged, entry
             if path.is_file():
-                return Stage(load(path), path, entry.score_after, key), entry
+                return Stage(load(path), path, entry.score_after, key, foreign), entry
         with self.cache.workspace() as workspace:
             entry = self._try(stage, pass_, workspace / "model.onnx")
             if entry.status == "failed":  # perhaps for a reason outside of the run: try again next time
@@ -128,7 +133,7 @@ class PassRunner:
         if entry.status != "kept":
             return unchanged, entry
         path = folder / "model.onnx"
-        return Stage(load(path), path, entry.score_after, key), entry
+        return Stage(load(path), path, entry.score_after, key, foreign), entry
 
     def _drafts(self, stage: Stage, pass_: Pass) -> Path:
         return self.cache.drafts(content_key(stage=stage.key, **{"pass": pass_.name}))
@@ -237,21 +242,24 @@ class PassRunner:
         """Go by the checks, and score the file against the original."""
         if found.broken is not None:
             return _Finding("rolled back", f"{found.broken.name}: {found.broken.detail}", found.checks)
-        score = self._score(path, file_sha256(path) + stage.key)
+        foreign = stage.foreign or pass_.foreign
+        score = self._score(path, file_sha256(path) + stage.key, foreign=foreign)
         if pass_.lossless or score is None or self.original_score is None:
             wrong = f"; {len(found.undone)} rewrites undone that did change them" if found.undone else ""
             return _Finding("kept", f"the outputs are as they were{wrong}", found.checks, score)
         lost = drop(self.original_score, score)
         side = "below" if lost >= 0 else "above"
         reason = f"{score.metric} {score.value:.4g}, {abs(lost):.4g} {side} the original's; budget {self.budget:g}"
+        if foreign:
+            reason += "; computed in float as the file says, since the int8 kernels of this processor saturate"
         # A score is a count over samples: 0.95 - 0.94 must not miss 0.01 by the last bit of a float.
         return _Finding("kept" if lost <= self.budget + 1e-9 else "rolled back", reason, found.checks, score)
 
-    def _score(self, path: Path, key: str) -> Score | None:
+    def _score(self, path: Path, key: str, *, foreign: bool = False) -> Score | None:
         """Score a model file, or take the score that an earlier run gave the same file on the same data."""
         if self.scored is None or self.metric is None:
             return None
-        score_key = content_key(score=key)
+        score_key = content_key(score=key, foreign=foreign)
         cached = self.cache.get(score_key, Score)
         if cached is not None:
             return cached[0]
@@ -259,7 +267,8 @@ class PassRunner:
         def tick(done: int, total: int) -> None:
             self.progress("scoring", done, total)
 
-        score = evaluate(path, self.scored, self.metric, reference=self.session, progress=tick)
+        runner = Session(path, optimize=False) if foreign else path
+        score = evaluate(runner, self.scored, self.metric, reference=self.session, progress=tick)
         with self.cache.workspace() as workspace:
             self.cache.put(score_key, score, workspace)
         return score

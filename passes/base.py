@@ -145,6 +145,11 @@ class Pass(BaseModel):
         return None
 
     @property
+    def foreign(self) -> bool:
+        """Whether what this pass writes is for other kernels than this processor's, whose results say little of it."""
+        return False
+
+    @property
     def wants_calibration(self) -> bool:
         """Whether this pass, with these options, cannot do without calibration data."""
         return self.needs_calibration

@@ -22,6 +22,7 @@ from onnxslim.passes._placement import matches
 from onnxslim.passes._plan import QuantizationPlan, read_plan, record_of
 from onnxslim.passes._quantizer import Quantizer, is_one_of
 from onnxslim.passes._runtimes import RUNTIMES, RuntimeName
+from onnxslim.passes._saturation import kernels_saturate
 from onnxslim.passes._threads import one_blas_thread
 from onnxslim.passes._weight_only import quantize_stored_weights
 from onnxslim.passes.base import Context, Outcome, Pass
@@ -192,6 +193,11 @@ class QuantizeStatic(Pass):
             inside = replace(context, calibration=body.calibration, shapes={}, drafts=drafts)
             runs += self._quantize(body.model, body.calibration, plan, inside, outcome, body.carried)
         return runs
+
+    @property
+    def foreign(self) -> bool:
+        """Int8 for runtimes that do not saturate, where this processor does."""
+        return self.runtime in ("onnxruntime-arm", "tensorrt") and self.reduce_range is not True and kernels_saturate()
 
     @property
     def wants_calibration(self) -> bool:

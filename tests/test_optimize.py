@@ -15,10 +15,14 @@ from onnxslim import read_recipe
 from onnxslim.goals import EXIT_CODES
 from onnxslim.model_files import file_sha256
 from onnxslim.passes import Context, Outcome, Pass
-from onnxslim.record import Record
+from onnxslim.record import Record, Score
+from onnxslim.runtime import Session
 from onnxslim.stages import Draft
 
 LOSSLESS = ["fold-constants", "simplify"]
+
+
+SCORE = Score(metric="top1", value=1.0, interval=None, samples=8, labelled=True)
 
 
 def _optimize(small, output, **changes):
@@ -162,6 +166,30 @@ def test_a_weaker_attempt_takes_the_calibration_of_the_stronger_one(small, tmp_p
     entry = _optimize(small, tmp_path / "out").record.passes[-1]
     assert (entry.status, entry.attempts > 1) == ("rolled back", True)
     assert [bool(arrays) for arrays in read] == [False, *[True] * (entry.attempts - 1)]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "saturates", "foreign"),
+    [
+        ("tensorrt", True, True),
+        ("onnxruntime-arm", True, True),
+        ("tensorrt", False, False),
+        ("onnxruntime", True, False),
+    ],
+)
+def test_int8_for_other_processors_is_not_scored_by_kernels_that_saturate(
+    small, tmp_path, monkeypatch, runtime, saturates, foreign
+):
+    monkeypatch.setattr("onnxslim.passes.quantize_static.kernels_saturate", lambda: saturates)
+    scored = []
+    monkeypatch.setattr("onnxslim.pass_runner.evaluate", lambda model, *rest, **named: scored.append(model) or SCORE)
+    quantize = {"name": "quantize-static", "only_if_faster": False, "runtime": runtime}
+    run = _optimize(small, tmp_path / "out", passes=[*LOSSLESS, quantize])
+    entry = run.record.passes[-1]
+    assert ("kernels of this processor saturate" in entry.reason) == foreign
+    plain = [isinstance(model, Session) and not model.optimize for model in scored]
+    # The original and the lossless passes as they run here.
+    assert len(plain) > 1 and not any(plain[:-1]) and plain[-1] == foreign
 
 
 def _reads_of_drafts(monkeypatch):
