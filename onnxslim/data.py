@@ -51,7 +51,9 @@ __all__ = [
 DataSource: TypeAlias = "str | Path | Mapping[str, np.ndarray] | Iterable[Mapping[str, np.ndarray]] | Dataset"
 
 _LABELS = "labels"
-_LIKE_LABELS = frozenset({"label", "y", "target", "class", "y_true", "y_test", "ground_truth"})
+_LIKE_LABELS = frozenset(
+    {"label", "y", "ys", "target", "targets", "class", "classes", "y_true", "y_test", "ground_truth"}
+)
 
 
 class _Feeds(Protocol):
@@ -653,9 +655,8 @@ def _check_names(where: str, names: set[str], inputs: Sequence[TensorSpec]) -> N
     for name in sorted(names - set(known)):
         folded = {other.lower(): other for other in known}
         close = difflib.get_close_matches(name.lower(), folded, n=1)
-        hint = f"; did you mean {folded[close[0]]!r}?" if close else "."
-        if name.lower().rstrip("s") in _LIKE_LABELS:
-            hint = f"; labels go under {_LABELS!r}."
+        elsewhere = f"; labels go under {_LABELS!r}." if name.lower() in _LIKE_LABELS else "."
+        hint = f"; did you mean {folded[close[0]]!r}?" if close else elsewhere
         raise DataError(f"{where}: {name!r} is not an input of the model (inputs: {listed}){hint}")
     missing = [spec.name for spec in inputs if not spec.optional and spec.name not in names]
     if missing:

@@ -121,6 +121,7 @@ def test_strings_need_no_pickle(tmp_path):
 def bad_npz(tmp_path):
     good = floats(4, 3)
     yield {"images": good}, "'images' is not an input"
+    yield {"x": good, "classes": np.zeros(len(good))}, "labels go under 'labels'"
     yield {"x": good, "label": np.zeros(len(good))}, "labels go under 'labels'"
     yield {"X": good}, "did you mean 'x'"
     yield {}, "input 'x' is missing"
