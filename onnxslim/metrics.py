@@ -450,9 +450,7 @@ def _given_classes(case: _Case) -> np.ndarray | None:
     """The one output that names a class for each label, in the shape of the labels; None where scores fit them."""
     labels = case.labels
     strings = labels.dtype.kind in "OU"
-    if not strings and any(
-        _label_axis(value.shape, labels.shape) is not None for value in _choose(case, case.outputs, "fiu").values()
-    ):
+    if labels.dtype.kind == "f" or (not strings and _fitting_scores(case)):
         return None
     wanted = [size for size in labels.shape if size != 1]
     fitting = [
@@ -460,18 +458,24 @@ def _given_classes(case: _Case) -> np.ndarray | None:
         for value in _choose(case, case.outputs, "OU" if strings else "iub").values()
         if [size for size in value.shape if size != 1] == wanted
     ]
-    if len(fitting) != 1 or labels.dtype.kind == "f":
+    if len(fitting) != 1:
         return None
     return fitting[0].reshape(labels.shape).astype(labels.dtype.kind if strings else np.int64)
 
 
-def _class_scores(case: _Case) -> np.ndarray:
-    """The output that holds class scores for the labels, class axis last."""
+def _fitting_scores(case: _Case) -> Feed:
+    """The outputs that have the shape of class scores for the labels, class axis last."""
     fitting = {}
     for name, value in _choose(case, case.outputs, "fiu").items():
         axis = _label_axis(value.shape, case.labels.shape)
         if axis is not None:
             fitting[name] = np.moveaxis(value, axis, -1)
+    return fitting
+
+
+def _class_scores(case: _Case) -> np.ndarray:
+    """The output that holds class scores for the labels, class axis last."""
+    fitting = _fitting_scores(case)
     if len(fitting) == 1:
         return next(iter(fitting.values())).astype(np.float64)
     if fitting:
