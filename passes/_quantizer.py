@@ -249,7 +249,7 @@ class Quantizer:
     def _reduced(self) -> bool:
         reduce_range = self.options.reduce_range
         if reduce_range == "auto":
-            return self.options.runtime in ("onnxruntime", "openvino") and kernels_saturate()
+            return RUNTIMES[self.options.runtime].saturates and kernels_saturate()
         return reduce_range
 
     # ---------------------------------------------------------------------------------------------------- placement

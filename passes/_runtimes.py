@@ -24,6 +24,7 @@ class Runtime:
         integer_bias: biases are int32 with a scale of their own, not float.
         moves_codes: a float layer that reads codes, and whose result becomes codes, has its weight rounded and is
             computed in int8 all the same; a float MaxPool whose result becomes codes is computed on codes.
+        saturates: on x86 without VNNI its kernels add products in 16 bits, as ONNX Runtime's do there.
         direct_float: float convolutions of few channels, or of groups of few, are computed directly, which beats int8
             by way of patches.
     """
@@ -33,6 +34,7 @@ class Runtime:
     carries: bool
     integer_bias: bool
     moves_codes: bool = False
+    saturates: bool = False
     direct_float: bool = False
 
     @property
@@ -44,10 +46,16 @@ class Runtime:
 RUNTIMES: dict[RuntimeName, Runtime] = {
     # A kernel is fused only if its result is quantized too. On x64 the kernels for uint8 are the fast ones.
     "onnxruntime": Runtime(
-        signed=False, symmetric=False, carries=True, integer_bias=True, moves_codes=True, direct_float=True
+        signed=False,
+        symmetric=False,
+        carries=True,
+        integer_bias=True,
+        moves_codes=True,
+        saturates=True,
+        direct_float=True,
     ),
     "onnxruntime-arm": Runtime(signed=True, symmetric=False, carries=True, integer_bias=True, moves_codes=True),
     # Every input of a layer is quantized; what follows it is fused without being told.
-    "openvino": Runtime(signed=False, symmetric=False, carries=False, integer_bias=False),
+    "openvino": Runtime(signed=False, symmetric=False, carries=False, integer_bias=False, saturates=True),
     "tensorrt": Runtime(signed=True, symmetric=True, carries=False, integer_bias=False),
 }

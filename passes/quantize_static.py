@@ -197,7 +197,7 @@ class QuantizeStatic(Pass):
     @property
     def foreign(self) -> bool:
         """Int8 for runtimes that do not saturate, where this processor does."""
-        return self.runtime in ("onnxruntime-arm", "tensorrt") and self.reduce_range is not True and kernels_saturate()
+        return not RUNTIMES[self.runtime].saturates and self.reduce_range is not True and kernels_saturate()
 
     @property
     def wants_calibration(self) -> bool:
