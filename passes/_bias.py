@@ -12,6 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxslim.graph.purity import is_standard
 from onnxslim.graph.walk import constant_value, is_graph_output
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def add_behind(graph: gs.Graph, node: gs.Node, outputs: int) -> tuple[gs.Node, i
     """The Add of a constant vector that alone reads what ``node`` gives, and the input that is it; None without one."""
     out = node.outputs[0]
     user = out.outputs[0] if len(out.outputs) == 1 and not is_graph_output(graph, out) else None
-    if user is None or user.op != "Add" or not any(user is other for other in graph.nodes):
+    if user is None or user.op != "Add" or not is_standard(user) or not any(user is other for other in graph.nodes):
         return None
     side = 1 if user.inputs[0] is out else 0
     value = constant_value(user.inputs[side])

@@ -22,9 +22,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxslim.graph.purity import is_standard
 from onnxslim.graph.walk import is_graph_output
 from onnxslim.model import Model
-from onnxslim.passes._bias import put_bias
+from onnxslim.passes._bias import add_behind, put_bias
 from onnxslim.passes._one_sided import Kept, seen_range
 from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
 from onnxslim.passes._trunk import Trunk
@@ -218,7 +219,9 @@ def _levels(model: Model, changed: set[int]) -> tuple[list[list[_Task]], list[Re
         if layer is not None and id(layer.data) in altered:
             why = _unfit(layer, users[id(layer.weight)])
             if why is None:
-                tasks[id(node)] = _Task(layer, _shift_add(model, layer))
+                tasks[id(node)] = _Task(
+                    layer, add_behind(model.graph, node, layer.shape[1]) if node.op == "MatMul" else None
+                )
             else:
                 refits.append(Refit(node, why=why))
         if id(node) in changed or any(id(tensor) in altered for tensor in node.inputs):
@@ -253,7 +256,7 @@ def _share_errors(model: Model, node: gs.Node, ends: dict[int, _Task], altered: 
 
     That is the one with the most inputs, if nothing else reads its output (section 3.4.1 of He et al. 2017).
     """
-    if node.op != "Add" or len(node.inputs) != 2 or node.domain not in (None, "", "ai.onnx"):
+    if node.op != "Add" or not is_standard(node):
         return
     able = []
     for tensor, other in (node.inputs, node.inputs[::-1]):
@@ -385,21 +388,6 @@ def relative_error(moments: Moments, matrices: FloatArray, *, centred: bool = Tr
     fit = np.einsum("gok,gko->", matrices, cross)
     own = np.einsum("gok,gok->", matrices @ gram, matrices)
     return float(max(power.sum() - 2 * fit + own, 0.0) / max(power.sum(), 1e-30))
-
-
-def _shift_add(model: Model, layer: LinearLayer) -> tuple[gs.Node, int] | None:
-    """The Add of a constant vector that alone reads a MatMul, and the slot of that vector: it is the layer's bias."""
-    output = layer.output
-    if layer.node.op != "MatMul" or len(output.outputs) != 1 or is_graph_output(model.graph, output):
-        return None
-    add = output.outputs[0]
-    if add.op != "Add" or add.domain not in (None, "", "ai.onnx"):
-        return None
-    slot = 1 if add.inputs[0] is output else 0
-    constant = add.inputs[slot]
-    if not isinstance(constant, gs.Constant) or not constant.shape or constant.shape[-1] != layer.shape[1]:
-        return None
-    return (add, slot) if int(np.prod(constant.shape)) == layer.shape[1] else None
 
 
 def _replace(model: Model, node: gs.Node, slot: int, values: np.ndarray) -> None:

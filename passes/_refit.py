@@ -16,7 +16,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxslim.graph.purity import is_standard
 from onnxslim.graph.walk import is_graph_output
+from onnxslim.passes._bias import add_behind
 from onnxslim.passes._statistics import LinearLayer, Moments
 
 if TYPE_CHECKING:
@@ -99,33 +101,21 @@ def residuals(graph: gs.Graph, groups: Sequence[Sequence[LinearLayer]]) -> dict[
     A layer whose output only that Add reads, an Add of a bias between them aside, when no layer of its group or of a
     later one has a part in what is beside it (section 3.4.1 of He et al. 2017).
     """
-    turns = {id(layer.node): turn for turn, group in enumerate(groups) for layer in group}
     waits: dict[int, int] = {}  # tensor -> the last turn that it depends on
-    found: dict[int, gs.Tensor] = {}
+    turns = {id(layer.node): turn for turn, group in enumerate(groups) for layer in group}
     for node in graph.nodes:
         turn = max((waits.get(id(tensor), -1) for tensor in node.inputs), default=-1)
-        if _is_add(node):
-            for tensor, beside in (node.inputs, node.inputs[::-1]):
-                maker = _sole_maker(graph, tensor)
-                if maker is not None and _is_add(maker):
-                    computed = [each for each in maker.inputs if not isinstance(each, gs.Constant)]
-                    maker = _sole_maker(graph, computed[0]) if len(computed) == 1 else None
-                if maker is not None and -1 < waits.get(id(beside), -1) < turns.get(id(maker), -1):
-                    found[id(maker)] = beside
-        for tensor in node.outputs:
-            waits[id(tensor)] = max(turn, turns.get(id(node), -1))
+        waits |= {id(tensor): max(turn, turns.get(id(node), -1)) for tensor in node.outputs}
+    found: dict[int, gs.Tensor] = {}
+    for layer in (layer for group in groups for layer in group):
+        bias = add_behind(graph, layer.node, layer.shape[0] * layer.shape[1])
+        end = layer.output if bias is None else bias[0].outputs[0]
+        user = end.outputs[0] if len(end.outputs) == 1 and not is_graph_output(graph, end) else None
+        if user is not None and user.op == "Add" and is_standard(user):
+            beside = user.inputs[1 if user.inputs[0] is end else 0]
+            if -1 < waits.get(id(beside), -1) < turns[id(layer.node)]:
+                found[id(layer.node)] = beside
     return found
-
-
-def _is_add(node: gs.Node) -> bool:
-    """Whether a node is an Add of the default domain."""
-    return node.op == "Add" and node.domain in (None, "", "ai.onnx") and len(node.inputs) == 2
-
-
-def _sole_maker(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
-    """The node that makes a tensor of a single reader; None where there is none, or the graph gives it too."""
-    alone = len(tensor.inputs) == len(tensor.outputs) == 1 and not is_graph_output(graph, tensor)
-    return tensor.inputs[0] if alone else None
 
 
 def moments_between(
