@@ -131,6 +131,7 @@ class GraphPlan(_Entry):
     tensors: dict[str, TensorPlan] = Field(default_factory=dict)
     kept: list[str] = Field(default_factory=list, description="layers that stay float")
     precise: list[str] = Field(default_factory=list, description="those of them whose weights have to be float as well")
+    slow: list[str] = Field(default_factory=list, description="layers that ran faster in float")
     equalized: list[EqualizedTensor] = Field(default_factory=list)
     corrections: dict[str, StoredArray] = Field(default_factory=dict, description="added to biases, by layer")
     rounded: dict[str, StoredCodes] = Field(default_factory=dict, description="codes of weights, by layer")

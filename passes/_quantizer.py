@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,9 +19,11 @@ from numpy.typing import NDArray
 from onnxslim.errors import ModelError
 from onnxslim.graph.shapes import Shapes, infer_shapes
 from onnxslim.graph.walk import drop_value_info
+from onnxslim.node_latency import node_latencies
 from onnxslim.passes._calibration import Method, Observed, choose_range, draw_steps, observe
 from onnxslim.passes._correction import BiasCorrector, Judge
 from onnxslim.passes._equalize import Equalization, apply_equalizations, find_equalizations, single
+from onnxslim.passes._faster_float import faster_in_float
 from onnxslim.passes._placement import ANCHORS, Anchor, Placement, anchor_obstacle, matches, weight_axis
 from onnxslim.passes._plan import EqualizedTensor, GraphPlan, StoredArray, StoredCodes, TensorPlan, weights_digest
 from onnxslim.passes._qdq import (
@@ -43,6 +46,7 @@ from onnxslim.passes._saturation import kernels_saturate
 from onnxslim.passes._state import handed_on
 from onnxslim.passes._weight_only import quantize_stored_weights
 from onnxslim.passes.base import Context, Outcome
+from onnxslim.runtime import Session, interleaved_latency
 
 if TYPE_CHECKING:
     from onnxslim.data import Dataset
@@ -57,8 +61,11 @@ _FIT_SHARE = 0.75  # of the calibration data corrects biases; the rest decides w
 _NEAR = 1.3  # times the least output error: ranges that are worse are not tried with corrected biases
 _MOST_FIT, _MOST_HELD = 24, 16  # batches
 _TINY_WEIGHT, _TINY_MACS = 512, 6_000
-_NARROW_GROUP = 4  # channels
-_THIN_CHANNELS, _THIN_INPUTS = 3, 27  # channels that a convolution sees, and numbers that each output is made of
+_FEW_WEIGHTS = 0.002  # of all: not worth an error that all that follows sees
+_TOLLS = (1.0, 2.0)  # times what it is thought to cost to go from int8 to float or back
+_FASTER = 0.99  # times the latency of int8: what some layers in float have to bring it to
+_TIMINGS = 20
+_TIMING_SECONDS = 4.0
 _SMALL_ERROR, _LARGE_ERROR = 1e-3, 0.05  # noise over signal of the outputs: no matter; layers are to stay float
 _BROKEN_ERROR, _MOST_LEFT = 0.2, 0.25  # up to which error at most this share of the MACs is left in float for accuracy
 _CLEARLY = 0.7  # times the error before: what leaving more layers in float has to bring it to
@@ -104,9 +111,8 @@ class Quantizer:
         carried: outputs that the next iteration gets, where the graph is the body of a loop.
         stored: that plan, of an earlier run; afterwards, what this run found.
         kept, precise: the layers that stay float, and those of them whose weights have to.
-        thin: convolutions of so few channels that they are faster in float; so few weights are not worth an error that
-            all that follows sees.
-        grouped: convolutions of groups of so few channels that they are faster in float.
+        slow: the layers that run faster in float, and why that is thought.
+        few: those of them with so few weights that int8 would not make the file much smaller.
         on_grid: codes of the weights of layers that stay float, where int8 stores them.
         equalized: what was done to channels.
         nodes, tensors, clipped: how many layers and tensors are in int8, and how many of these have values outside.
@@ -125,8 +131,8 @@ class Quantizer:
     observed: dict[str, Observed] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
     precise: tuple[str, ...] = ()
-    thin: tuple[str, ...] = ()
-    grouped: tuple[str, ...] = ()
+    slow: dict[str, str] = field(default_factory=dict)
+    few: tuple[str, ...] = ()
     on_grid: dict[str, StoredCodes] = field(default_factory=dict)
     equalized: list[Equalization] = field(default_factory=list)
     nodes: int = 0
@@ -144,8 +150,6 @@ class Quantizer:
         if not anchors:
             self._refuse(self.model, reasons)
             return
-        self.thin = tuple(name for name, anchor in anchors.items() if self._thin(anchor))
-        self.grouped = tuple(name for name, anchor in anchors.items() if self._of_narrow_groups(anchor))
         digest = weights_digest(self.model.graph)
         for anchor in anchors.values():
             if anchor.node.op == "Gemm":
@@ -156,6 +160,9 @@ class Quantizer:
             try:
                 batch = self._observe(self.data, anchors, shapes)
                 self.split = split = self._split(self.data, batch)
+                if self.options.timed:
+                    self.slow = self._faster_in_float(next(iter(self.data)))
+                    self.few = self._of_few_weights()
                 plan = self._plan(split) if self._place(self.model).anchors else _Plan({})
             except ModelError as error:  # perhaps in int8 only: there may be no kernel for its operator set
                 self.outcome.refuse("qdq", "model", f"it does not run where it is to be calibrated: {error}")
@@ -182,6 +189,9 @@ class Quantizer:
         apply_equalizations(self.model, self._place(self.model), self.equalized)
         self.kept, self.precise, self.error = tuple(stored.kept), tuple(stored.precise), stored.error
         self.on_grid = dict(stored.on_grid)
+        if self.options.timed:
+            self.slow = dict.fromkeys(stored.slow, "it ran faster in float where the plan was made")
+            self.few = self._of_few_weights()
         plan = _Plan({name: tensor.covers for name, tensor in stored.tensors.items()})
         anchors = self._place(self.model).anchors
         on_grid: dict[str, WeightCodes] = {}
@@ -213,6 +223,7 @@ class Quantizer:
             },
             kept=list(self.kept),
             precise=list(self.precise),
+            slow=list(self.slow),
             equalized=[EqualizedTensor.of(each) for each in self.equalized],
             corrections={name: StoredArray.of(values) for name, values in plan.corrections.items()},
             rounded={
@@ -233,7 +244,7 @@ class Quantizer:
         self.observed = seen | observe(self.model, unseen, itertools.islice(data, 1))
         sizes = {name: entry.elements for name, entry in self.observed.items()}
         batch = max(1, min(_BATCH, _BATCH_BYTES // max(4 * sum(sizes.values()), 1)))
-        read = {anchor.node.inputs[0].name for anchor in anchors.values()}  # of thin layers too, for other runtimes
+        read = {anchor.node.inputs[0].name for anchor in anchors.values()}  # of those that stay float here, too
         reached = sorted((self._place(self.model).reached | anchors.keys() | read) - seen.keys())
         steps = draw_steps({name: self.observed[name] for name in reached}, len(data))
         draft = self.context.draft(
@@ -301,7 +312,7 @@ class Quantizer:
         made = (tensor for node in model.graph.nodes for tensor in node.outputs)
         unseen = {tensor.name for tensor in (*model.graph.inputs, *made)} - set(self.observed)
         small = {name for name, anchor in anchors.items() if self._tiny(anchor)}
-        usable = {name: anchor for name, anchor in anchors.items() if name not in small.union(self.thin, self.grouped)}
+        usable = {name: anchor for name, anchor in anchors.items() if name not in small | self.slow.keys()}
         elements = {name: entry.elements for name, entry in self.observed.items()}
         carries = RUNTIMES[self.options.runtime].carries
         placement = Placement(model.graph, shapes, elements, banned | unseen, usable, self.options.exclude, carries)
@@ -310,11 +321,8 @@ class Quantizer:
                 reasons[name] = (
                     "it is too small to gain"
                     if name in small
-                    else "its few input channels are convolved faster in float"
-                    if name in self.thin
-                    else "groups of so few channels are convolved faster in float"
-                    if name in self.grouped
-                    else f"its input or output is not finite or reaches beyond {self.options.max_range:g}"
+                    else self.slow.get(name)
+                    or f"its input or output is not finite or reaches beyond {self.options.max_range:g}"
                 )
         return placement
 
@@ -334,27 +342,42 @@ class Quantizer:
         weight = anchor.node.inputs[1]
         return int(np.prod(weight.shape)) < _TINY_WEIGHT and self._macs({anchor.name: anchor}) < _TINY_MACS
 
-    def _thin(self, anchor: Anchor) -> bool:
-        """Whether a convolution sees so few numbers that ONNX Runtime's direct kernel for float is the faster one.
+    def _faster_in_float(self, feed: dict[str, np.ndarray]) -> dict[str, str]:
+        """The layers without which int8 runs faster on this machine, and why; none where it does not."""
+        model = self.model.copy()
+        placement, plan = self._place(model), _Plan(self._ranges("minmax"))
+        nodes = {name: each.node for name, each in (placement.anchors | placement.propagators).items()}
+        self._emitter(model, placement, plan).emit()
+        drop_value_info(model)
+        times = node_latencies(model, feed)
+        in_int8 = {name: times[id(node)] for name, node in nodes.items() if id(node) in times}
+        times = node_latencies(self.model, feed)
+        in_float = {node.outputs[0].name: times[id(node)] for node in self.model.graph.nodes if id(node) in times}
+        placement = self._place(self.model)
+        found = {faster_in_float(placement, in_float, in_int8, toll) for toll in _TOLLS}
+        choices = [slow for slow in sorted(found) if 0 < len(slow) < len(placement.anchors)]
+        if not choices:
+            return {}
+        models = [model, *(replace(self, slow=dict.fromkeys(slow, ""))._emitted(plan) for slow in choices)]
+        runs = {str(index): partial(Session(each, threads=1).run, feed) for index, each in enumerate(models)}
+        timings = interleaved_latency(runs, repeats=_TIMINGS, max_seconds=_TIMING_SECONDS)
+        all_int8, *taken = (timing.median_ms for timing in timings.values())
+        if min(taken) > _FASTER * all_int8:
+            return {}
+        best = choices[int(np.argmin(taken))]
+        return {name: _compared(in_float[name], in_int8[name]) for name in best}
 
-        Measured on x86 with VNNI, int8 over float in time: 1.2 to 1.8 for kernels of 3 x 3 on one or three channels, 1
-        where the map is so large that memory decides, 0.8 for 7 x 7 on three channels, 0.7 for 3 x 3 on four.
-        """
-        shape, node = anchor.node.inputs[1].shape, anchor.node
-        few = node.op == "Conv" and shape[1] <= _THIN_CHANNELS and int(np.prod(shape[1:])) <= _THIN_INPUTS
-        direct = self.options.only_if_faster and RUNTIMES[self.options.runtime].direct_float
-        return bool(few and direct and node.attrs.get("group", 1) == 1)
-
-    def _of_narrow_groups(self, anchor: Anchor) -> bool:
-        """Whether a grouped convolution is one that ONNX Runtime takes group by group in int8, and at once in float.
-
-        Measured on x86 with VNNI, int8 over float in time: 5 to 9 for one channel a group that gives two, 4.5 for two,
-        2.3 to 4.5 for four, 0.6 to 1.2 for eight. Depthwise convolutions have a kernel of their own.
-        """
-        node, (outputs, inside) = anchor.node, anchor.node.inputs[1].shape[:2]
-        groups = node.attrs.get("group", 1) if node.op == "Conv" else 1
-        direct = self.options.only_if_faster and RUNTIMES[self.options.runtime].direct_float
-        return bool(direct and groups > 1 and inside <= _NARROW_GROUP and (inside > 1 or outputs > groups))
+    def _of_few_weights(self) -> tuple[str, ...]:
+        """The slow layers, those with the fewest weights first, that make a small share of all weights together."""
+        sizes = {
+            node.outputs[0].name: int(np.prod(node.inputs[1].shape))
+            for node in self.model.graph.nodes
+            if node.op in ANCHORS and node.outputs and isinstance(node.inputs[1], gs.Constant)
+        }
+        slow = sorted(self.slow.keys() & sizes.keys(), key=lambda name: (sizes[name], name))
+        together = itertools.accumulate(sizes[name] for name in slow)
+        most = _FEW_WEIGHTS * sum(sizes.values())
+        return tuple(name for name, size in zip(slow, together, strict=True) if size <= most)
 
     def _macs(self, anchors: dict[str, Anchor]) -> float:
         total = 0.0
@@ -385,8 +408,8 @@ class Quantizer:
         method, best = self._corrected_best(judge, split, plans)
         if wanted == "auto" and best.error >= _LARGE_ERROR:
             method, best = self._relieved(judge, split, plans, (method, best))
-        if self.kept and options.weight_only:
-            self._store_kept(judge, split, best)
+        if (self.kept or self.slow) and options.weight_only:
+            self._store_float(judge, split, best)
         self.error = best.error
         if len(methods) > 1:
             self.outcome.change("calibration", "model", f"ranges by {method}, which has the least output error")
@@ -474,31 +497,27 @@ class Quantizer:
         self.kept = ()
         return found
 
-    def _store_kept(self, judge: Judge, split: _Split, plan: _Plan) -> None:
+    def _store_float(self, judge: Judge, split: _Split, plan: _Plan) -> None:
         """Round the weights of layers that stay float to what int8 can store, but for those where it costs too much.
 
-        Those are sought among the layers that add most error, which come first in ``kept``.
+        Those are sought among the layers that add most error first.
         """
         enough = max(_NEAR * plan.error, _SMALL_ERROR)
-        nodes = {node.outputs[0].name: node for node in self.model.graph.nodes if is_one_of(self.kept, node)}
+        layers = (*self.kept, *(name for name in self.slow if name not in (*self.kept, *self.few)))
+        nodes = {node.outputs[0].name: node for node in self.model.graph.nodes if is_one_of(layers, node)}
         rounded = round_stored(self.model, nodes.values(), split.fit, self._sizes(split), seed=self.context.seed)
 
         def codes_behind(count: int) -> dict[str, WeightCodes]:
-            return {name: rounded[name] for name in self.kept[count:] if name in rounded}
+            return {name: rounded[name] for name in layers[count:] if name in rounded}
 
         def tried(count: int) -> float:
-            return judge.error(self._emitted_storing(plan, self.kept[count:], codes_behind(count)))
+            return judge.error(self._emitted_storing(plan, layers[count:], codes_behind(count)))
 
-        count = self._fewest_float(tried, enough)
-        self.precise, codes = self.kept[:count], codes_behind(count)
+        count = _fewest_float(len(layers), tried, enough)
+        self.precise, codes = layers[:count], codes_behind(count)
         for name, chosen in codes.items():
             self.on_grid[name] = StoredCodes.of(chosen, _weight(nodes[name]), weight_axis(nodes[name]))
         _put(self.model, codes)
-
-    def _fewest_float(self, error: Callable[[int], float], enough: float) -> int:
-        """How many of ``kept`` need float weights for an error that is small enough; all where fewer do not do."""
-        most = len(self.kept)
-        return next((count for count in (0, *_COUNTS) if count < most and error(count) <= enough), most)
 
     def _emitted_storing(self, plan: _Plan, layers: Collection[str], codes: dict[str, WeightCodes]) -> Model:
         """What is emitted, with the weights of some float layers stored in int8."""
@@ -538,7 +557,7 @@ class Quantizer:
         most = len(self.kept)
         least, best = min(((tried(most, codes), index) for index, codes in enumerate(choices)))
         enough = max(_NEAR * least, _SMALL_ERROR, self.error or 0.0)
-        count = self._fewest_float(lambda count: tried(count, choices[best]), enough)
+        count = _fewest_float(most, lambda count: tried(count, choices[best]), enough)
         _put(model, {name: codes for name, codes in choices[best].items() if name not in self.kept[:count]})
         return self.kept[:count]
 
@@ -734,6 +753,18 @@ def _put(model: Model, rounded: Mapping[str, WeightCodes]) -> None:
         if name in rounded and len(node.inputs[1].outputs) == 1:
             values = dequantize_weight(rounded[name], weight_axis(node))
             node.inputs[1] = gs.Constant(model.fresh_name(node.inputs[1].name), values)
+
+
+def _fewest_float(most: int, error: Callable[[int], float], enough: float) -> int:
+    """How many layers of ``most`` need float weights for an error that is small enough; all where fewer do not do."""
+    return next((count for count in (0, *_COUNTS) if count < most and error(count) <= enough), most)
+
+
+def _compared(in_float: float, in_int8: float) -> str:
+    """Why a layer is left in float, by the microseconds of its kernels."""
+    if in_float < in_int8:
+        return f"it takes {in_float:.0f} µs here in float, {in_int8:.0f} in int8"
+    return f"int8 saves less here than its conversions cost: it takes {in_int8:.0f} µs, and {in_float:.0f} in float"
 
 
 def _weight(node: gs.Node) -> NDArray[np.float32]:

@@ -25,8 +25,6 @@ class Runtime:
         moves_codes: a float layer that reads codes, and whose result becomes codes, has its weight rounded and is
             computed in int8 all the same; a float MaxPool whose result becomes codes is computed on codes.
         saturates: on x86 without VNNI its kernels add products in 16 bits, as ONNX Runtime's do there.
-        direct_float: float convolutions of few channels, or of groups of few, are computed directly, which beats int8
-            by way of patches.
     """
 
     signed: bool
@@ -35,7 +33,6 @@ class Runtime:
     integer_bias: bool
     moves_codes: bool = False
     saturates: bool = False
-    direct_float: bool = False
 
     @property
     def dtype(self) -> type[np.integer]:
@@ -52,7 +49,6 @@ RUNTIMES: dict[RuntimeName, Runtime] = {
         integer_bias=True,
         moves_codes=True,
         saturates=True,
-        direct_float=True,
     ),
     "onnxruntime-arm": Runtime(signed=True, symmetric=False, carries=True, integer_bias=True, moves_codes=True),
     # Every input of a layer is quantized; what follows it is fused without being told.

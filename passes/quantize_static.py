@@ -82,8 +82,8 @@ class QuantizeStatic(Pass):
     weight_only: bool = Field(True, description="store the weights that have no integer kernel in int8 as well")
     only_if_faster: bool = Field(
         True,
-        description="compute in float where int8 is slower: convolutions of three channels or of groups of four, and "
-        "what is measured so here; weights are stored in int8 all the same",
+        description="compute in float what ONNX Runtime is measured here to compute faster so, some layers or all; "
+        "weights are stored in int8 all the same",
     )
     equalize: bool = Field(True, description="scale channels between layers such that one step fits all of them")
     exclude: tuple[str, ...] = Field((), description="nodes kept in float: shell patterns of names or ops")
@@ -120,17 +120,12 @@ class QuantizeStatic(Pass):
             runs = self._quantize(model, data, plan, context, outcome)
         outcome.numbers |= _numbers(runs, data)
         found = QuantizationPlan(graphs=[run.stored for run in runs if run.stored is not None])
-        precise = {name for run in runs for name in (*run.precise, *run.thin)}
+        precise = {name for run in runs for name in (*run.precise, *run.few)}
 
         def precisely(node: gs.Node) -> bool:
             return matches(node, self.exclude) or is_one_of(precise, node)
 
-        if (
-            outcome.changes
-            and self.only_if_faster
-            and self.runtime == "onnxruntime"
-            and context.calibration is not None
-        ):
+        if outcome.changes and self.timed and context.calibration is not None:
             speed = _speed(before, model, context.calibration)
             if speed < _AS_FAST:
                 why = f"int8 ran at {speed:.2f} times the speed of float here; only_if_faster = false writes it anyway"
@@ -139,7 +134,7 @@ class QuantizeStatic(Pass):
                 _restore(model, before.copy())
                 hoist_constants(model)
                 # What let int8 hold their weights, rounding them for what they give, is undone as well.
-                precise = {name for run in runs for name in run.thin} | {name for run in runs[1:] for name in run.kept}
+                precise = {name for run in runs for name in run.few} | {name for run in runs[1:] for name in run.kept}
                 if self.weight_only and runs:
                     with one_blas_thread():
                         precise |= set(runs[0].round_float(model, precisely))
@@ -193,6 +188,11 @@ class QuantizeStatic(Pass):
             inside = replace(context, calibration=body.calibration, shapes={}, drafts=drafts)
             runs += self._quantize(body.model, body.calibration, plan, inside, outcome, body.carried)
         return runs
+
+    @property
+    def timed(self) -> bool:
+        """Whether it is measured here what is faster in int8."""
+        return self.only_if_faster and self.runtime == "onnxruntime"
 
     @property
     def foreign(self) -> bool:

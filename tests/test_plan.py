@@ -99,19 +99,6 @@ def test_branches_have_plans_of_their_own(tmp_path: Path) -> None:
     assert second.to_bytes() == first.to_bytes()
 
 
-def test_what_one_runtime_computes_in_float_another_gets_in_int8(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"only_if_faster": True, "weight_only": False}
-    _, outcome = quantize(mobile_block(), images(), **options)
-    assert outcome.plan is not None
-    plan = kept(tmp_path / "record.json", outcome)
-    first, _ = again(mobile_block(), plan, **options)
-    other, _ = again(mobile_block(), plan, runtime="tensorrt", **options)
-    kinds = [[node.inputs[0].inputs[0].op for node in model.graph.nodes if node.op == "Conv" and node.inputs[0].inputs]
-             for model in (first, other)]  # fmt: skip
-    assert [len(each) for each in kinds] == [2, 3]
-    assert set(kinds[1]) == {"DequantizeLinear"}
-
-
 def test_another_model_stays_as_it_is_and_the_reason_is_given(tmp_path: Path) -> None:
     _, outcome = quantize(mobile_block(), images())
     other, refused = again(transformer(), kept(tmp_path / "record.json", outcome), weight_only=False)

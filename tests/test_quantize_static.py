@@ -570,29 +570,6 @@ def test_fused_kernels_do_not_saturate(options):
 BOUNDS = {"Relu": (), "Clip": (("low", 0.0), ("high", 6.0))}
 
 
-def thin_stem(channels: int = 3, kernel: int = 3):
-    b = Builder()
-    b.node("Relu", [b.conv("x", "stem", channels, 32, kernel=kernel)], "r")
-    b.node("Relu", [b.conv("r", "c", 32, 64)], "rc")
-    b.node("ReduceMean", ["rc"], "mean", axes=[2, -1], keepdims=0)
-    b.node("Gemm", ["mean", b.weight("fc", 10, 64)], "y", transB=1)
-    return b.model({"x": [1, channels, 32, 32]}, {"y": [1, 10]})
-
-
-@pytest.mark.parametrize(("channels", "kernel", "thin"), [(3, 3, True), (1, 5, True), (3, 5, False), (4, 3, False)])
-def test_a_convolution_of_few_channels_stays_float_and_precise(monkeypatch, channels: int, kernel: int, thin: bool):
-    monkeypatch.setattr("onnxslim.passes.quantize_static._speed", lambda *_: 2.0)
-    proto = thin_stem(channels, kernel)
-    model, outcome = quantize(proto, images(channels=channels, size=32), only_if_faster=True)
-    stem = next(node for node in model.graph.nodes if node.op == "Conv")
-    assert isinstance(stem.inputs[1], gs.Constant) == thin
-    assert ("its few input channels are convolved faster in float" in whys(outcome)) == thin
-    assert outcome.numbers["nodes quantized"] == (2 if thin else 3)
-    assert decibels(proto, model, images(channels=channels, size=32, seed=7)) > 25
-    other, _ = quantize(proto, images(channels=channels, size=32), only_if_faster=True, runtime="openvino")
-    assert not isinstance(next(node for node in other.graph.nodes if node.op == "Conv").inputs[1], gs.Constant)
-
-
 @pytest.mark.parametrize("behind", ["", "Relu", "Clip"])
 @pytest.mark.parametrize("weight_only", [False, True])
 def test_an_excluded_convolution_between_codes_is_computed_in_float(tmp_path: Path, behind: str, weight_only: bool):
@@ -632,28 +609,6 @@ def test_transposed_convolutions_and_excluded_gemms_between_codes_are_computed_i
     assert decibels(proto, model, images(channels=8, seed=7)) > 25
 
 
-@pytest.mark.parametrize(
-    ("groups", "outputs", "narrow"), [(16, 32, True), (8, 16, True), (4, 32, True), (2, 16, False), (16, 16, False)]
-)
-def test_convolutions_of_narrow_groups_are_computed_in_float(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: int, outputs: int, narrow: bool
-):
-    monkeypatch.setattr("onnxslim.passes.quantize_static._speed", lambda *_: 2.0)
-    b = Builder()
-    b.node("Relu", [b.conv("x", "c", 8, 16)], "r")
-    b.node("Relu", [b.conv("r", "g", 16, outputs, groups=groups)], "rg")
-    b.conv("rg", "y", outputs, 32)
-    proto = b.model({"x": ["n", 8, 24, 24]}, {"y": ["n", 32, 24, 24]})
-    feeds = images(channels=8, size=24)
-    model, outcome = quantize(proto, feeds, only_if_faster=True)
-    assert ("groups of so few channels" in whys(outcome)) == narrow
-    found = fused(model, tmp_path)
-    assert found["QLinearConv"] == (2 if narrow else 3) and found["Conv"] + found["FusedConv"] == (1 if narrow else 0)
-    assert decibels(proto, model, images(channels=8, size=24, seed=7)) > 25
-    everything, _ = quantize(proto, feeds)
-    assert fused(everything, tmp_path)["QLinearConv"] == 3
-
-
 def test_weights_of_a_model_that_stays_float_are_rounded_for_what_layers_give(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("onnxslim.passes.quantize_static._speed", lambda *_: 0.5)
     b = Builder()
@@ -675,8 +630,7 @@ def test_weights_of_a_model_that_stays_float_are_rounded_for_what_layers_give(mo
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_pooling_behind_a_float_stem_is_done_in_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flat: bool):
-    monkeypatch.setattr("onnxslim.passes.quantize_static._speed", lambda *_: 2.0)
+def test_pooling_behind_a_float_stem_is_done_in_float(tmp_path: Path, flat: bool):
     b = Builder()
     b.node("Relu", [b.conv("x", "stem", 3, 16)], "r")
     last = b.node("MaxPool", ["r"], "pool", kernel_shape=[3, 3], strides=[2, 2])
@@ -686,7 +640,7 @@ def test_pooling_behind_a_float_stem_is_done_in_float(tmp_path: Path, monkeypatc
     else:
         b.conv(last, "y", 16, 32)
     proto = b.model({"x": ["n", 3, 25, 25]}, {"y": ["n", 10] if flat else ["n", 32, 12, 12]})
-    model, _ = quantize(proto, images(size=25), only_if_faster=True)
+    model, _ = quantize(proto, images(size=25), exclude=("stem",))
     found = fused(model, tmp_path)
     assert found["QLinearConv"] + found["QGemm"] == 1
     graph = onnx.load(tmp_path / "optimised.onnx").graph
