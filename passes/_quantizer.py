@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 from onnxslim.errors import ModelError
 from onnxslim.graph.shapes import Shapes, infer_shapes
 from onnxslim.graph.walk import drop_value_info
-from onnxslim.node_latency import node_latencies
 from onnxslim.passes._calibration import Method, Observed, choose_range, draw_steps, observe
 from onnxslim.passes._correction import BiasCorrector, Judge
 from onnxslim.passes._equalize import Equalization, apply_equalizations, find_equalizations, single
@@ -46,7 +44,6 @@ from onnxslim.passes._saturation import kernels_saturate
 from onnxslim.passes._state import handed_on
 from onnxslim.passes._weight_only import quantize_stored_weights
 from onnxslim.passes.base import Context, Outcome
-from onnxslim.runtime import Session, interleaved_latency
 
 if TYPE_CHECKING:
     from onnxslim.data import Dataset
@@ -62,10 +59,6 @@ _NEAR = 1.3  # times the least output error: ranges that are worse are not tried
 _MOST_FIT, _MOST_HELD = 24, 16  # batches
 _TINY_WEIGHT, _TINY_MACS = 512, 6_000
 _FEW_WEIGHTS = 0.002  # of all: not worth an error that all that follows sees
-_TOLLS = (1.0, 2.0)  # times what it is thought to cost to go from int8 to float or back
-_FASTER = 0.99  # times the latency of int8: what some layers in float have to bring it to
-_TIMINGS = 20
-_TIMING_SECONDS = 4.0
 _SMALL_ERROR, _LARGE_ERROR = 1e-3, 0.05  # noise over signal of the outputs: no matter; layers are to stay float
 _BROKEN_ERROR, _MOST_LEFT = 0.2, 0.25  # up to which error at most this share of the MACs is left in float for accuracy
 _CLEARLY = 0.7  # times the error before: what leaving more layers in float has to bring it to
@@ -344,28 +337,17 @@ class Quantizer:
 
     def _faster_in_float(self, feed: dict[str, np.ndarray]) -> dict[str, str]:
         """The layers without which int8 runs faster on this machine, and why; none where it does not."""
-        model = self.model.copy()
-        placement, plan = self._place(model), _Plan(self._ranges("minmax"))
-        nodes = {name: each.node for name, each in (placement.anchors | placement.propagators).items()}
-        self._emitter(model, placement, plan).emit()
-        drop_value_info(model)
-        times = node_latencies(model, feed)
-        in_int8 = {name: times[id(node)] for name, node in nodes.items() if id(node) in times}
-        times = node_latencies(self.model, feed)
-        in_float = {node.outputs[0].name: times[id(node)] for node in self.model.graph.nodes if id(node) in times}
-        placement = self._place(self.model)
-        found = {faster_in_float(placement, in_float, in_int8, toll) for toll in _TOLLS}
-        choices = [slow for slow in sorted(found) if 0 < len(slow) < len(placement.anchors)]
-        if not choices:
-            return {}
-        models = [model, *(replace(self, slow=dict.fromkeys(slow, ""))._emitted(plan) for slow in choices)]
-        runs = {str(index): partial(Session(each, threads=1).run, feed) for index, each in enumerate(models)}
-        timings = interleaved_latency(runs, repeats=_TIMINGS, max_seconds=_TIMING_SECONDS)
-        all_int8, *taken = (timing.median_ms for timing in timings.values())
-        if min(taken) > _FASTER * all_int8:
-            return {}
-        best = choices[int(np.argmin(taken))]
-        return {name: _compared(in_float[name], in_int8[name]) for name in best}
+        plan = _Plan(self._ranges("minmax"))  # times do not depend on ranges
+
+        def written(slow: tuple[str, ...]) -> tuple[Model, dict[str, gs.Node]]:
+            trial = replace(self, model=self.model.copy(), slow=dict.fromkeys(slow, ""))
+            placement = trial._place(trial.model)
+            nodes = {name: each.node for name, each in (placement.anchors | placement.propagators).items()}
+            trial._emitter(trial.model, placement, plan).emit()
+            drop_value_info(trial.model)
+            return trial.model, nodes
+
+        return faster_in_float(self.model, self._place(self.model), written, feed)
 
     def _of_few_weights(self) -> tuple[str, ...]:
         """The slow layers, those with the fewest weights first, that make a small share of all weights together."""
@@ -758,13 +740,6 @@ def _put(model: Model, rounded: Mapping[str, WeightCodes]) -> None:
 def _fewest_float(most: int, error: Callable[[int], float], enough: float) -> int:
     """How many layers of ``most`` need float weights for an error that is small enough; all where fewer do not do."""
     return next((count for count in (0, *_COUNTS) if count < most and error(count) <= enough), most)
-
-
-def _compared(in_float: float, in_int8: float) -> str:
-    """Why a layer is left in float, by the microseconds of its kernels."""
-    if in_float < in_int8:
-        return f"it takes {in_float:.0f} µs here in float, {in_int8:.0f} in int8"
-    return f"int8 saves less here than its conversions cost: it takes {in_int8:.0f} µs, and {in_float:.0f} in float"
 
 
 def _weight(node: gs.Node) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from test_quantize_static import Builder, decibels, fused, images, quantize, why
 from onnxslim import load
 from onnxslim.graph.shapes import infer_shapes
 from onnxslim.model import Model
-from onnxslim.passes._faster_float import faster_in_float
+from onnxslim.passes._faster_float import cheapest_division
 from onnxslim.passes._placement import Anchor, Placement
 from onnxslim.runtime import Timing
 
@@ -58,7 +58,7 @@ def test_a_layer_stays_float_where_that_saves_more_than_it_costs_to_come_and_go(
     in_float = times(dict.fromkeys(("c1", "c2", "c3", "y", "sum"), 100.0))
 
     def slow(**in_int8: float) -> tuple[str, ...]:
-        return faster_in_float(placement, in_float, dict.fromkeys(in_float, 50.0) | times({}) | in_int8)
+        return cheapest_division(placement, in_float, dict.fromkeys(in_float, 50.0) | times({}) | in_int8)
 
     assert slow() == ()
     assert slow(c3=100.0) == slow(c3=108.0) == ()
@@ -66,7 +66,7 @@ def test_a_layer_stays_float_where_that_saves_more_than_it_costs_to_come_and_go(
     assert slow(c3=100.0 + 2 * _TO_CROSS + 2) == ("c3",)
     assert slow(y=101.0 + _TO_CROSS) == ("y",)
     # Toll: a tensor that crosses over may cost more.
-    assert faster_in_float(placement, in_float, dict.fromkeys(in_float, 50.0) | times({"c3": 114.0}), toll=2.0) == ()
+    assert cheapest_division(placement, in_float, dict.fromkeys(in_float, 50.0) | times({"c3": 114.0}), toll=2.0) == ()
 
 
 def test_a_layer_whose_time_is_not_known_stays_in_int8():
@@ -74,10 +74,10 @@ def test_a_layer_whose_time_is_not_known_stays_in_int8():
     placement = placed(model)
     in_int8 = times(dict.fromkeys(("c1", "c2", "c3", "y", "sum"), 500.0))
     in_float = times(dict.fromkeys(("c1", "c2", "c3", "y", "sum"), 1.0))
-    assert set(faster_in_float(placement, in_float, in_int8)) == {"c1", "c2", "c3", "y"}
+    assert set(cheapest_division(placement, in_float, in_int8)) == {"c1", "c2", "c3", "y"}
     for known in (in_float, in_int8):
         lost = known.pop("c2")
-        assert "c2" not in faster_in_float(placement, in_float, in_int8)
+        assert "c2" not in cheapest_division(placement, in_float, in_int8)
         known["c2"] = lost
 
 
@@ -117,7 +117,7 @@ def test_no_other_division_is_cheaper(case: tuple[Any, dict[str, float], dict[st
         return total
 
     least = min(cost(set(chosen)) for size in range(len(units) + 1) for chosen in itertools.combinations(units, size))
-    slow = set(faster_in_float(placement, in_float, in_int8, toll))
+    slow = set(cheapest_division(placement, in_float, in_int8, toll))
     anchors = set(placement.anchors)
     free = list(placement.propagators)
     got = min(
@@ -141,8 +141,8 @@ def make_up(monkeypatch: pytest.MonkeyPatch, *slow: str, pays: bool = True) -> N
     def interleaved(runs: dict[str, Any], **_: object) -> dict[str, Timing]:
         return {name: Timing([1.0 - (0.1 if pays else -0.1) * index]) for index, name in enumerate(runs)}
 
-    monkeypatch.setattr("onnxslim.passes._quantizer.node_latencies", latencies)
-    monkeypatch.setattr("onnxslim.passes._quantizer.interleaved_latency", interleaved)
+    monkeypatch.setattr("onnxslim.passes._faster_float.node_latencies", latencies)
+    monkeypatch.setattr("onnxslim.passes._faster_float.interleaved_latency", interleaved)
     monkeypatch.setattr("onnxslim.passes.quantize_static._speed", lambda *_: 2.0)
 
 
