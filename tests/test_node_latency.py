@@ -118,7 +118,7 @@ def test_factors_are_run_where_they_would_be():
     outcome = FactorizeLowRank(cost="latency", keep=0.5).run(model, Context(calibration=data))
     assert {change.node for change in outcome.changes if change.rule == "low-rank"} == {"wide"}
     after, before = (outcome.numbers[f"latency of candidates {when}"] for when in ("after", "before"))
-    assert 0 < after < 0.5 * before
+    assert 0 < after <= 0.5 * before
     assert [tensor.name for tensor in model.graph.outputs] == ["y"] and len(model.graph.nodes) == 4
 
 
