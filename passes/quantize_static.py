@@ -231,6 +231,7 @@ def _numbers(runs: list[Quantizer], data: Dataset | None) -> dict[str, float]:
             "share of MACs quantized (estimate)": sum(run.quantized for run in runs) / macs if macs else 0.0,
             "tensors in int8": float(sum(run.tensors for run in runs)),
             "ranges clipped": float(sum(run.clipped for run in runs)),
+            "layers faster in float": float(sum(len(run.slow) for run in runs)),
             "calibration samples": 0.0 if data is None else float(data.samples),
         }
     return numbers

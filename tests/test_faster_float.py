@@ -157,6 +157,7 @@ def test_what_is_faster_in_float_is_computed_so_and_the_reason_is_given(
     assert found["QLinearConv"] == 3 and found["Conv"] + found["FusedConv"] == 1
     (why,) = (refusal.why for refusal in outcome.refusals if refusal.node == "c2")
     assert why == "Conv: it takes 100 µs here in float, 1000 in int8"
+    assert outcome.numbers["layers faster in float"] == 1
     # Its weight is stored in int8 all the same.
     assert outcome.numbers["share of weights in int8"] > 0.98
     assert decibels(proto, model, images(channels=8, seed=7)) > 25
