@@ -29,7 +29,7 @@ __all__ = ["cheapest_division", "faster_in_float"]
 # To quantize a tensor in ONNX Runtime, and take it from one layout of convolutions to the other, or back; measured on
 # x86. It need not be exact, as what comes of it is timed.
 _NANOSECONDS, _MICROSECONDS = 0.35, 6.0  # an element, and for the kernels that are run
-_TOLLS = (1.0, 2.0)  # times that: a division for each is timed
+_TOLLS = (0.25, 1.0, 2.0)  # times that, less in small networks: a division for each is timed
 _FASTER = 0.99  # times the latency of int8: what some layers in float have to bring it to
 _TIMINGS = 20
 _TIMING_SECONDS = 4.0
