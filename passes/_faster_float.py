@@ -9,7 +9,7 @@ cheapest division is a minimum s-t cut, as these costs are submodular (Greig, Po
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from onnxslim.runtime import Session, interleaved_latency
 if TYPE_CHECKING:
     from onnxslim.model import Model
 
-__all__ = ["cheapest_division", "faster_in_float"]
+__all__ = ["cheapest_division", "faster_in_float", "median_latencies"]
 
 # To quantize a tensor in ONNX Runtime, and take it from one layout of convolutions to the other, or back; measured on
 # x86. It need not be exact, as what comes of it is timed.
@@ -64,13 +64,17 @@ def faster_in_float(
     choices = [slow for slow in sorted(found) if 0 < len(slow) < len(placement.anchors)]
     if not choices:
         return {}
-    models = [int8, *(written(slow)[0] for slow in choices)]
-    runs = {str(index): partial(Session(each, threads=1).run, feed) for index, each in enumerate(models)}
-    timings = interleaved_latency(runs, repeats=_TIMINGS, max_seconds=_TIMING_SECONDS)
-    all_int8, *taken = (timing.median_ms for timing in timings.values())
+    all_int8, *taken = median_latencies([int8, *(written(slow)[0] for slow in choices)], feed)
     if min(taken) > _FASTER * all_int8:
         return {}
     return {name: _compared(in_float[name], in_int8[name]) for name in choices[int(np.argmin(taken))]}
+
+
+def median_latencies(models: Sequence[Model], feed: Mapping[str, np.ndarray]) -> list[float]:
+    """Milliseconds that each model takes for a feed, on one thread, interleaved."""
+    runs = {str(index): partial(Session(model, threads=1).run, feed) for index, model in enumerate(models)}
+    timings = interleaved_latency(runs, repeats=_TIMINGS, max_seconds=_TIMING_SECONDS)
+    return [timing.median_ms for timing in timings.values()]
 
 
 def cheapest_division(

@@ -17,6 +17,7 @@ from onnxslim.bodies import bodies
 from onnxslim.graph.walk import drop_value_info, hoist_constants, remove_dead_nodes
 from onnxslim.passes._absorb import absorb
 from onnxslim.passes._calibration import Method
+from onnxslim.passes._faster_float import median_latencies
 from onnxslim.passes._opset import raise_opset
 from onnxslim.passes._placement import matches
 from onnxslim.passes._plan import QuantizationPlan, read_plan, record_of
@@ -26,7 +27,6 @@ from onnxslim.passes._saturation import kernels_saturate
 from onnxslim.passes._threads import one_blas_thread
 from onnxslim.passes._weight_only import quantize_stored_weights
 from onnxslim.passes.base import Context, Outcome, Pass
-from onnxslim.runtime import Session, interleaved_latency
 
 if TYPE_CHECKING:
     from onnxslim.data import Dataset
@@ -39,8 +39,6 @@ _BROADCAST_OPSET = 7  # the first in which Mul broadcasts as stored weights need
 _KEPT_BYTES = 16 << 20  # of calibration data: read once up to here
 _FIRST_KEPT, _MOST_KEPT = 2, 32
 _AS_FAST = 0.98  # times float's speed: less than this is more than noise
-_TIMINGS = 20
-_TIMING_SECONDS = 4.0
 
 
 class QuantizeStatic(Pass):
@@ -243,10 +241,8 @@ def _restore(model: Model, before: Model) -> None:
 
 def _speed(before: Model, after: Model, data: Dataset) -> float:
     """How many times faster ``after`` runs on the first feed, one thread, interleaved."""
-    feed = next(iter(data))
-    runs = {name: partial(Session(model, threads=1).run, feed) for name, model in (("b", before), ("a", after))}
-    timings = interleaved_latency(runs, repeats=_TIMINGS, max_seconds=_TIMING_SECONDS)
-    return timings["b"].median_ms / timings["a"].median_ms
+    float_ms, int8_ms = median_latencies((before, after), next(iter(data)))
+    return float_ms / int8_ms
 
 
 def _int8_share(model: Model) -> float:
