@@ -34,8 +34,8 @@ _FASTER = 0.99  # times the latency of int8: what some layers in float have to b
 _TIMINGS = 20
 _TIMING_SECONDS = 4.0
 
-_INT8, _FLOAT = "int8", "float"
-_Unit = str | tuple[str, str]
+_Vertex = str | tuple[str, str]  # a node that may run on codes, by name; a side, or a tensor that crosses over
+_INT8, _FLOAT = ("side", "int8"), ("side", "float")
 
 
 def faster_in_float(
@@ -55,6 +55,8 @@ def faster_in_float(
     Raises:
         ModelError: one of the models does not run on the feed.
     """
+    if len(placement.anchors) < 2:
+        return {}
     times = node_latencies(model, feed)
     in_float = {node.outputs[0].name: times[id(node)] for node in model.graph.nodes if id(node) in times}
     int8, nodes = written(())
@@ -89,7 +91,7 @@ def cheapest_division(
         in_int8: the same of anchors and propagators on codes; an anchor that lacks one stays in int8 as well.
         toll: times what it is thought to cost that a tensor crosses over.
     """
-    unit_of = {name: name for name in (*placement.anchors, *placement.propagators)}
+    unit_of: dict[str, _Vertex] = {name: name for name in (*placement.anchors, *placement.propagators)}
     unit_of |= {node.outputs[0].name: name for name, chain in placement.chains.items() for node in chain.nodes}
     idle = min((*in_float.values(), *in_int8.values()), default=0.0)  # what a kernel that does nothing takes
     costs = nx.DiGraph()
@@ -123,7 +125,7 @@ def _compared(in_float: float, in_int8: float) -> str:
     return f"int8 saves less here than its conversions cost: it takes {in_int8:.0f} µs, and {in_float:.0f} in float"
 
 
-def _charge(costs: nx.DiGraph, tensor: str, maker: _Unit, readers: set[str], cost: float) -> None:
+def _charge(costs: nx.DiGraph, tensor: str, maker: _Vertex, readers: set[_Vertex], cost: float) -> None:
     """Let a tensor pay where its maker and any of its readers are on different sides."""
     for reader in readers - {_FLOAT}:
         costs.add_edge(reader, ("quantized", tensor), capacity=math.inf)

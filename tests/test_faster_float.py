@@ -81,6 +81,15 @@ def test_a_layer_whose_time_is_not_known_stays_in_int8():
         known["c2"] = lost
 
 
+def test_layers_may_be_called_like_the_sides():
+    b = Builder()
+    b.conv(b.conv(b.conv("x", "float", 4, 4), "int8", 4, 4), "y", 4, 4)
+    placement = placed(load(b.model({"x": ["n", 4, 8, 8]}, {"y": ["n", 4, 8, 8]})))
+    in_float = times(dict.fromkeys(("float", "int8", "y"), 100.0))
+    assert cheapest_division(placement, in_float, in_float | {"float": 10.0, "int8": 10.0, "y": 200.0}) == ("y",)
+    assert cheapest_division(placement, in_float, in_float | {"float": 200.0, "int8": 10.0, "y": 10.0}) == ("float",)
+
+
 @st.composite
 def diamonds(draw: st.DrawFn) -> tuple[Any, dict[str, float], dict[str, float], float]:
     """Convolutions that read any earlier result, some joined by an Add, with times of all."""
