@@ -41,7 +41,7 @@ _INT8, _FLOAT = ("side", "int8"), ("side", "float")
 def faster_in_float(
     model: Model,
     placement: Placement,
-    written: Callable[[tuple[str, ...]], tuple[Model, Mapping[str, gs.Node]]],
+    written: Callable[[tuple[str, ...]], tuple[Model, Placement]],
     feed: Mapping[str, np.ndarray],
 ) -> dict[str, str]:
     """The anchors without which int8 runs faster here, and why; none where it does not, or where none would be left.
@@ -49,7 +49,7 @@ def faster_in_float(
     Args:
         model: in float.
         placement: of all that may run on codes in it.
-        written: gives the model with all but some anchors in int8, and its nodes by the names of the placement.
+        written: gives the model with all but some anchors in int8, and the placement in that.
         feed: what is run.
 
     Raises:
@@ -59,9 +59,10 @@ def faster_in_float(
         return {}
     times = node_latencies(model, feed)
     in_float = {node.outputs[0].name: times[id(node)] for node in model.graph.nodes if id(node) in times}
-    int8, nodes = written(())
+    int8, on_codes = written(())
     times = node_latencies(int8, feed)
-    in_int8 = {name: times[id(node)] for name, node in nodes.items() if id(node) in times}
+    units = (on_codes.anchors | on_codes.propagators).items()
+    in_int8 = {name: times[id(unit.node)] for name, unit in units if id(unit.node) in times}
     found = {cheapest_division(placement, in_float, in_int8, toll) for toll in _TOLLS}
     choices = [slow for slow in sorted(found) if 0 < len(slow) < len(placement.anchors)]
     if not choices:
@@ -85,7 +86,7 @@ def cheapest_division(
     """The anchors of a placement that the cheapest division has in float, in order.
 
     Args:
-        placement: of all that may run on codes.
+        placement: of all that may run on codes, an anchor at least.
         in_float: microseconds of nodes of the float model, by first output. A node that lacks one took none; an anchor
             that does stays in int8, as its time went to what it was fused with.
         in_int8: the same of anchors and propagators on codes; an anchor that lacks one stays in int8 as well.
@@ -112,8 +113,6 @@ def cheapest_division(
         if any(tensor is output for output in placement.graph.outputs):
             readers.add(_FLOAT)
         _charge(costs, tensor.name, maker, readers - {maker}, cost)
-    if not costs:
-        return ()
     _, (_, beyond) = nx.minimum_cut(costs, _INT8, _FLOAT)
     return tuple(name for name in placement.anchors if name in beyond)
 

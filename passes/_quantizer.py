@@ -339,13 +339,8 @@ class Quantizer:
         """The layers without which int8 runs faster on this machine, and why; none where it does not."""
         plan = _Plan(self._ranges("minmax"))  # times do not depend on ranges
 
-        def written(slow: tuple[str, ...]) -> tuple[Model, dict[str, gs.Node]]:
-            trial = replace(self, model=self.model.copy(), slow=dict.fromkeys(slow, ""))
-            placement = trial._place(trial.model)
-            nodes = {name: each.node for name, each in (placement.anchors | placement.propagators).items()}
-            trial._emitter(trial.model, placement, plan).emit()
-            drop_value_info(trial.model)
-            return trial.model, nodes
+        def written(slow: tuple[str, ...]) -> tuple[Model, Placement]:
+            return replace(self, slow=dict.fromkeys(slow, ""))._written(plan)
 
         return faster_in_float(self.model, self._place(self.model), written, feed)
 
@@ -594,10 +589,17 @@ class Quantizer:
         return Emitter(model, placement, codes, plan.corrections, plan.rounded, self._reduced, runtime)
 
     def _emitted(self, plan: _Plan) -> Model:
+        return self._written(plan)[0]
+
+    def _written(self, plan: _Plan, probes: dict[str, tuple[str, str]] | None = None) -> tuple[Model, Placement]:
+        """A copy of the model with the plan written into it, and the placement, whose nodes are those of the copy."""
         result = self.model.copy()
-        self._emitter(result, self._place(result), plan).emit()
+        placement = self._place(result)
+        emitter = self._emitter(result, placement, plan)
+        emitter.probes = probes
+        emitter.emit()
         drop_value_info(result)
-        return result
+        return result, placement
 
     def _judge(self, feeds: Iterable[dict[str, np.ndarray]]) -> Judge:
         # What is not written for this processor's kernels must not be judged by their saturation.
@@ -624,12 +626,9 @@ class Quantizer:
         """The plan with biases corrected on so many feeds; as it is where they do not lower its error."""
         if corrector is None:
             return plan
-        probed = self.model.copy()
-        emitter = self._emitter(probed, self._place(probed), plan)
-        emitter.probes = {}
-        emitter.emit()
-        drop_value_info(probed)
-        found = corrector.corrections(probed, emitter.probes, most)
+        probes: dict[str, tuple[str, str]] = {}
+        probed, _ = self._written(plan, probes)
+        found = corrector.corrections(probed, probes, most)
         trial = replace(plan, corrections={name: single(values) for name, values in found.items()})
         trial.error = judge.error(self._emitted(trial))
         return min(plan, trial, key=lambda plan: plan.error)
