@@ -10,7 +10,9 @@ int32), Gather(table), Reshape``, their sum, ``Gather(codebook)`` · then ``Mul`
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +40,7 @@ class Form:
 
     Attributes:
         planes: widths of the bit planes, lowest bits first; empty for a UINT4 tensor.
-        nbytes: what the file grows by: indices, codebook, scales, nodes, and unpack tables that are not there yet.
+        nbytes: what the file grows by: indices, codebook, scales and nodes; tables, which weights share, aside.
     """
 
     planes: tuple[int, ...]
@@ -48,6 +50,12 @@ class Form:
     def bits(self) -> int:
         """Bits an index in the file."""
         return sum(self.planes) or 4
+
+    @property
+    def tables(self) -> set[tuple[int, int]]:
+        """Width and shift of each table that unpacks it."""
+        shifts = itertools.accumulate(self.planes, initial=0)
+        return {(width, shift) for width, shift in zip(self.planes, shifts, strict=False) if width < 8}
 
 
 def pack(indices: NDArray[np.uint8], width: int, shift: int) -> NDArray[np.uint8]:
@@ -65,6 +73,11 @@ def unpack_table(width: int, shift: int) -> NDArray[np.uint8]:
     return (((np.arange(256)[:, None] >> steps) & ((1 << width) - 1)) << shift).astype(np.uint8)
 
 
+def _table_bytes(table: tuple[int, int]) -> int:
+    width, _ = table
+    return 256 * (8 // width) + TENSOR_BYTES + NODE_BYTES
+
+
 class CodebookWriter:
     """Replaces initializers of one model by coded ones. Call `finish` once after the last `write`."""
 
@@ -76,26 +89,42 @@ class CodebookWriter:
         self._shapes: dict[tuple[int, ...], gs.Constant] = {}
         self._count = 0
 
-    def smallest(self, coded: Coded) -> Form:
-        """The form that takes the fewest bytes; the one with fewer nodes where two are equal."""
+    def smallest(self, weights: Sequence[Coded], limits: Sequence[int]) -> list[Form]:
+        """The forms that take the fewest bytes together; tables that do not pay for all their users are not used.
+
+        Args:
+            weights: all that may be written.
+            limits: bytes above which a weight stays what it is, of each.
+        """
+        choices = []
+        for widths in ((), ("whole",), ("exact",), ("whole", "exact")):
+            found = [min(self._forms(coded, widths), key=lambda form: form.nbytes) for coded in weights]
+            written = [form for form, limit in zip(found, limits, strict=True) if form.nbytes < limit]
+            total = sum(min(form.nbytes, limit) for form, limit in zip(found, limits, strict=True))
+            tables = {table for form in written for table in form.tables}
+            choices.append((total + sum(map(_table_bytes, tables)), found))
+        return min(choices, key=lambda choice: choice[0])[1]
+
+    @property
+    def table_bytes(self) -> int:
+        """What the file grew by for tables."""
+        return sum(map(_table_bytes, self._tables))
+
+    def _forms(self, coded: Coded, widths: Sequence[str]) -> Iterator[Form]:
+        """Ways to store a weight, those with fewer nodes first: UINT4, bytes, and planes of the widths named."""
         size = coded.indices.size
         common = coded.codebook.nbytes + TENSOR_BYTES + 2 * NODE_BYTES
         if coded.scale is not None:
             common += coded.scale.nbytes + TENSOR_BYTES + NODE_BYTES
-        forms = []
         if self.uint4 and 2 < coded.bits <= 4:
-            forms.append(Form((), common + math.ceil(size / 2) + TENSOR_BYTES))
-        whole = 4 if coded.bits <= 4 else 8
-        for planes in dict.fromkeys(((8,), PLANES[whole], PLANES[coded.bits])):
-            total, shift = common, 0
+            yield Form((), common + math.ceil(size / 2) + TENSOR_BYTES)
+        exact = {"whole": 4 if coded.bits <= 4 else 8, "exact": coded.bits}
+        for planes in ((8,), *(PLANES[exact[width]] for width in widths)):
+            total = common
             for width in planes:
                 padded = size % (8 // width) != 0
                 total += math.ceil(size * width / 8) + TENSOR_BYTES + NODE_BYTES * (3 if width < 8 else 1) + 64 * padded
-                if width < 8 and (width, shift) not in self._tables:
-                    total += 256 * (8 // width) + TENSOR_BYTES + NODE_BYTES
-                shift += width
-            forms.append(Form(planes, total))
-        return min(forms, key=lambda form: form.nbytes)
+            yield Form(planes, total)
 
     def write(self, weight: gs.Constant, coded: Coded, form: Form) -> None:
         """Let all users of ``weight`` read the decoded tensor instead; it is computed in the main graph."""

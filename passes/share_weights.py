@@ -84,7 +84,7 @@ class ShareWeights(Pass):
     recovery: Literal["sequential", "none"] = Field(
         "sequential", description="use calibration data to fit each layer to the original, or only cluster its values"
     )
-    min_elements: int = Field(512, ge=16, description="leave weights with fewer elements alone")
+    min_elements: int = Field(256, ge=16, description="leave weights with fewer elements alone")
     exclude: tuple[str, ...] = Field((), description="patterns (as in a shell) of weight or node names to leave alone")
     packing: Literal["auto", "bytes"] = Field(
         "auto", description="'bytes' never writes UINT4 tensors, which some importers do not read"
@@ -127,11 +127,14 @@ class ShareWeights(Pass):
             else:
                 chosen = self._recover(model, context, outcome, targets, plain)
         writer = CodebookWriter(model, uint4=self.packing == "auto")
+        sizes = [
+            target.weight.values.nbytes + 16 + len(target.weight.name) + 3 * target.weight.values.ndim
+            for target in targets.values()
+        ]
+        forms = writer.smallest([chosen.coded[key] for key in targets], sizes)
         before = after = 0
-        for key, target in targets.items():
+        for (key, target), old, form in zip(targets.items(), sizes, forms, strict=True):
             name, values, coded = target.weight.name, target.weight.values, chosen.coded[key]
-            old = values.nbytes + 16 + len(name) + 3 * values.ndim
-            form = writer.smallest(coded)
             if form.nbytes >= old:
                 outcome.refuse("codebook", name, f"the encoding ({form.nbytes:,} bytes) would not be smaller ({old:,})")
                 chosen.shifts = [shift for shift in chosen.shifts if shift[0] != key]
@@ -155,6 +158,7 @@ class ShareWeights(Pass):
         encoded = outcome.numbers.get("weights encoded", 0)
         if encoded:
             outcome.numbers["mean relative error"] /= encoded
+            after += writer.table_bytes
             outcome.numbers |= {"bytes before": before, "bytes after": after, "ratio": before / after}
         writer.finish()
         for _, node, delta in chosen.shifts:

@@ -241,6 +241,26 @@ def test_never_grows(bits, shape, tmp_path):
     assert outcome.changes or outcome.refusals
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_small_weights_pay_for_tables_together(bits):
+    """A table of 256 rows is more than any of them saves; it is still used where all of them save more."""
+    rng = np.random.default_rng(0)
+
+    def bytes_after(count):
+        weights = {f"w{i}": rng.normal(size=(24, 24)).astype(np.float32) for i in range(count)}
+        nodes = [helper.make_node("MatMul", [f"x{i}", f"w{i}"], [f"x{i + 1}"], f"fc{i}") for i in range(count)]
+        model = make_model(nodes, {"x0": ["n", 24]}, {f"x{count}": ["n", 24]}, weights)
+        before = len(model.to_proto().SerializeToString())
+        numbers = ShareWeights(bits=bits).run(model, Context()).numbers
+        after = len(model.to_proto().SerializeToString())
+        assert numbers["bytes before"] - numbers["bytes after"] == pytest.approx(before - after, rel=0.1)
+        return after
+
+    alone, together = bytes_after(1), bytes_after(16)
+    assert alone > 576  # a byte an index: no table
+    assert together < 16 * (576 * bits / 8 + 420)
+
+
 def test_every_weight_kind_is_found_and_stays_close():
     rng = np.random.default_rng(0)
 
