@@ -44,6 +44,7 @@ from onnxslim.passes._saturation import kernels_saturate
 from onnxslim.passes._state import handed_on
 from onnxslim.passes._weight_only import quantize_stored_weights
 from onnxslim.passes.base import Context, Outcome
+from onnxslim.runtime import Session
 
 if TYPE_CHECKING:
     from onnxslim.data import Dataset
@@ -66,6 +67,7 @@ _PAYS_OFF = 0.8  # times the error before: what other scales of channels have to
 _COUNTS = (1, 2, 4, 8, 16)  # of layers that stay float
 _SENSITIVITY_SECONDS = 60
 _SENSITIVITY_FEEDS = 2
+_SEEN_STEPS = 16  # of a recurrent layer in one run: what errors add up to by then is most of it, as gates forget
 
 
 class _Ranges(dict[str, tuple[float, float]]):
@@ -104,6 +106,7 @@ class Quantizer:
         carried: outputs that the next iteration gets, where the graph is the body of a loop.
         stored: that plan, of an earlier run; afterwards, what this run found.
         kept, precise: the layers that stay float, and those of them whose weights have to.
+        stateful: why no layer of the graph is quantized, where recurrent state goes from run to run.
         slow: the layers that run faster in float, and why that is thought.
         few: those of them with so few weights that int8 would not make the file much smaller.
         on_grid: codes of the weights of layers that stay float, where int8 stores them.
@@ -124,6 +127,7 @@ class Quantizer:
     observed: dict[str, Observed] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
     precise: tuple[str, ...] = ()
+    stateful: str | None = None
     slow: dict[str, str] = field(default_factory=dict)
     few: tuple[str, ...] = ()
     on_grid: dict[str, StoredCodes] = field(default_factory=dict)
@@ -139,6 +143,8 @@ class Quantizer:
     def run(self) -> None:
         """Calibrate, correct, and rewrite the model."""
         reasons: dict[str, str] = {}
+        if self.data is not None:
+            self.stateful = self._unseen_state(next(iter(self.data)))
         anchors, shapes = self._anchors(self.model, reasons)
         if not anchors:
             self._refuse(self.model, reasons)
@@ -261,7 +267,6 @@ class Quantizer:
     def _anchors(self, model: Model, reasons: dict[str, str] | None) -> tuple[dict[str, Anchor], Shapes]:
         """The Conv, Gemm and MatMul nodes of the main graph whose weight can be quantized with its input."""
         shapes = infer_shapes(model, self.context.shapes)
-        stateful = handed_on(model.graph)
         carried = self._carried(model, shapes)
         anchors: dict[str, Anchor] = {}
         for node in model.graph.nodes:
@@ -273,15 +278,29 @@ class Quantizer:
                 reason = "it is among the layers that add most error"
             if id(node) in carried:
                 reason = "its result goes on to the next iteration, where small errors add up"
-            if stateful is not None:
-                state = stateful.name or stateful.outputs[1].name
-                reason = f"the state of {stateful.op} {state!r} goes from run to run, where small errors add up"
+            reason = self.stateful or reason
             if reason is None:
                 axis = weight_axis(node) if self.options.per_channel else None
                 anchors[name] = Anchor(name, node, axis, len(node.inputs[1].shape))
             elif reasons is not None:
                 reasons[name] = reason
         return anchors, shapes
+
+    def _unseen_state(self, feed: dict[str, np.ndarray]) -> str | None:
+        """Why the graph stays float where state goes from run to run; None where a run is long enough to judge by."""
+        node = handed_on(self.model.graph)
+        if node is None:
+            return None
+        name = node.inputs[0].name
+        try:
+            sequence = feed[name] if name in feed else Session(self.model, outputs=[name]).run(feed)[name]
+        except ModelError as error:
+            return f"it does not run where it is to be calibrated: {error}"
+        if sequence.shape[node.attrs.get("layout", 0)] >= _SEEN_STEPS:
+            return None
+        state = node.name or node.outputs[1].name
+        why = f"the state of {node.op} {state!r} goes from run to run, where small errors add up"
+        return f"{why}; samples of fewer than {_SEEN_STEPS} steps do not show it"
 
     def _carried(self, model: Model, shapes: Shapes) -> set[int]:
         """The nodes, by id, that numbers come from which the next iteration of a loop starts with."""

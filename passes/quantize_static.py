@@ -49,12 +49,12 @@ class QuantizeStatic(Pass):
     biases int32. Elementwise and moving ops between them stay in int8 where ONNX Runtime has a kernel that fuses.
     Channels of what layers read are scaled to one size first (cross-layer equalization, SmoothQuant), and biases take
     back the mean shift of rounding (Nagel et al. 2019), where that lowers the output error on calibration data that was
-    held back. Layers that make most of a large output error stay float, and a change names them; so do
-    all where recurrent state is handed on from run to run, because calibration does not see errors add up. Other large
-    weights (recurrent, transposed convolutions, embeddings, in bodies) are stored in int8 and computed with in
-    float; so are those of layers that ONNX Runtime, on one thread of this machine, runs faster in float (found by a
-    minimum cut over the times of kernels, as codes have to be converted around such layers), and all of them where int8
-    as a whole is no faster.
+    held back. Layers that make most of a large output error stay float, and a change names them; so do all where
+    recurrent state is handed on from run to run, unless calibration samples are sequences long enough to see errors
+    add up. Other large weights (recurrent, transposed convolutions, embeddings, in bodies) are stored in int8 and
+    computed with in float; so are those of layers that ONNX Runtime, on one thread of this machine, runs faster in
+    float (found by a minimum cut over the times of kernels, as codes have to be converted around such layers), and
+    all of them where int8 as a whole is no faster.
 
     Right for convolutional and linear networks; a score that hangs on the small differences between large activations
     may fall, and the guard then asks for :meth:`weaker`. Costs a few runs of the model over the calibration data;
