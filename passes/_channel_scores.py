@@ -14,6 +14,7 @@ from onnxslim.graph.coupling import Group, Member
 from onnxslim.model import Model
 from onnxslim.passes._recurrent import product_of
 from onnxslim.passes._statistics import LinearLayer, Moments, input_moments, linear_layer
+from onnxslim.passes._trunk import Trunk
 from onnxslim.runtime import Feed, Session
 
 __all__ = ["Reader", "Removal", "norm_removal", "obs_removal", "reader_moments", "readers", "weight_norms"]
@@ -118,7 +119,8 @@ def reader_moments(
     """
     narrow = {id(reader.layer.node): reader.layer.node for reader in found if not reader.wide}
     nodes = list(narrow.values())
-    seen = input_moments(model, nodes, feeds(), per_sample=per_sample, samples=samples, seed=seed) if narrow else {}
+    trunk = Trunk(model, feeds)
+    seen = input_moments(trunk, nodes, per_sample=per_sample, samples=samples, seed=seed) if narrow else {}
     moments = {reader: seen[id(reader.layer.node)] for reader in found if not reader.wide}
     wide = [reader for reader in found if reader.wide]
     if not wide:

@@ -24,12 +24,24 @@ from onnxslim.passes._statistics import LinearLayer, Moments
 if TYPE_CHECKING:
     from onnxslim.data import Dataset
     from onnxslim.model import Model
+    from onnxslim.passes._trunk import Trunk
 
-__all__ = ["Split", "by_input", "channel_weights", "loss", "moments_between", "output_errors", "refits", "residuals"]
+__all__ = [
+    "HELD_BYTES",
+    "Split",
+    "by_input",
+    "channel_weights",
+    "loss",
+    "moments_between",
+    "output_errors",
+    "refits",
+    "residuals",
+]
 
 Array = NDArray[Any]
 FloatArray = NDArray[np.float64]
 
+HELD_BYTES = 1 << 27  # of what is held from one layer to the next in memory, and not on disk
 MOMENTS_BYTES = 1 << 30  # held at a time for the layers of one group
 BATCH = 32
 SAMPLES = 512  # more hardly change the fit (400 and 1,000 images gave the same) and each layer runs over all of them
@@ -45,12 +57,12 @@ class Split:
     With fewer than ten samples both parts are all of them.
     """
 
-    feeds: Dataset
+    data: Dataset
 
     @property
     def samples(self) -> int:
         """Samples to fit on."""
-        seen = min(self.feeds.samples, SAMPLES)
+        seen = min(self.data.samples, SAMPLES)
         return max(1, seen - seen // FOLD) if seen >= 2 * FOLD else max(seen, 1)
 
     def fitting(self) -> Iterator[dict[str, NDArray[Any]]]:
@@ -63,11 +75,15 @@ class Split:
 
     @property
     def _whole(self) -> bool:
-        return self.feeds.samples < 2 * FOLD
+        return self.data.samples < 2 * FOLD
+
+    def feeds(self) -> Iterator[dict[str, NDArray[Any]]]:
+        """All batches."""
+        return (feed for feed, _ in self.batches())
 
     def batches(self) -> Iterator[tuple[dict[str, NDArray[Any]], bool]]:
         """All batches, each with whether it is one to judge by."""
-        used = self.feeds.take(SAMPLES)
+        used = self.data.take(SAMPLES)
         size = max(1, min(BATCH, used.samples // (2 * FOLD)))
         for index, feed in enumerate(used.batches(size)):
             yield feed, index % FOLD == FOLD - 1
@@ -119,14 +135,16 @@ def residuals(graph: gs.Graph, groups: Sequence[Sequence[LinearLayer]]) -> dict[
 
 
 def moments_between(
-    working: Model,
-    teacher: Model,
+    working: Trunk,
+    teacher: Trunk,
     layers: Sequence[LinearLayer],
     data: Split,
     seed: int,
     beside: Mapping[int, gs.Tensor],
 ) -> list[tuple[Moments, Moments]]:
     """Moments of each layer's input in ``working`` against the teacher's tensor of the layer's output name.
+
+    Both go on over all of ``data`` from the layers before.
 
     Where `residuals` are ``beside`` a layer, against what makes up for their error too. Two of each: over the batches
     to fit on, and over those to judge by.
@@ -136,12 +154,10 @@ def moments_between(
     Raises:
         SlimError: when a model does not run on the feeds.
     """
-    from onnxslim.runtime import Session
-
     found = [Moments.empty(layer.shape[0], layer.shape[2], layer.shape[1]) for layer in layers for _ in range(2)]
     joined = {id(layer.node): beside[id(layer.node)].name for layer in layers if id(layer.node) in beside}
-    student = Session(working, outputs=sorted({layer.data.name for layer in layers} | set(joined.values())))
-    judge = Session(teacher, outputs=sorted({layer.output.name for layer in layers} | set(joined.values())))
+    given = working.step(sorted({layer.data.name for layer in layers} | set(joined.values())))
+    wanted = teacher.step(sorted({layer.output.name for layer in layers} | set(joined.values())))
     pending: list[list[tuple[Array, Array]]] = [[] for _ in found]
     rng = np.random.default_rng(seed)
 
@@ -151,8 +167,7 @@ def moments_between(
             found[index].add(x, y)
             pending[index] = []
 
-    for feed, held in data.batches():
-        seen, asked = student.run(feed), judge.run(feed)
+    for seen, asked, (_, held) in zip(given, wanted, data.batches(), strict=True):
         for index, layer in enumerate(layers):
             y = asked[layer.output.name]
             if (name := joined.get(id(layer.node))) is not None and asked[name].shape == seen[name].shape == y.shape:

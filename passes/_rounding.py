@@ -9,6 +9,7 @@ depthwise ones near the input do, hangs on this more than on the number of bits.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from onnxslim.passes._codebook import Feedback
 from onnxslim.passes._placement import Anchor, weight_axis
 from onnxslim.passes._qdq import CODE_LIMIT, CORRECTED, MIDDLE, Emitter, WeightCodes, quantize_weight
 from onnxslim.passes._statistics import LinearLayer, Moments, input_moments, linear_layer
+from onnxslim.passes._trunk import Trunk
 
 if TYPE_CHECKING:
     from onnxslim.model import Model
@@ -30,6 +32,7 @@ FloatArray = NDArray[np.float64]
 
 _MOST_INPUTS = 2048  # of a layer: its moments take 34 MB, and what is made of them as much again a few times
 _PART_BYTES = 40 << 20  # of moments, and of the activations that they are taken of, that are held at a time
+_HELD_BYTES = 16 << 20  # of what is held from one part of the model to the next in memory, and not on disk
 _DAMPING = 1e-3  # of the mean energy of the inputs
 _SWEEPS = 2  # more lower the error by a thousandth
 _BLOCK = 32  # columns whose steps reach the others by one matrix product
@@ -74,26 +77,27 @@ def _in_parts(
     seed: int,
 ) -> Iterator[tuple[list[str], Moments]]:
     """The layers that share a weight, and the moments of all that they read; as many at a time as memory holds."""
-    groups: dict[int, list[str]] = {}
-    for name, layer in layers.items():
-        groups.setdefault(id(layer.weight), []).append(name)
-    parts: list[list[list[str]]] = [[]]
+    readers = Counter(id(layer.weight) for layer in layers.values())
+    parts: list[list[str]] = [[]]
     held = 0
-    for names in groups.values():
-        blocks, _, inputs = layers[names[0]].shape
-        size = sum(8 * blocks * inputs**2 + sizes.get(layers[name].data.name, 0) for name in names)
+    for name, layer in layers.items():
+        blocks, _, inputs = layer.shape
+        size = 8 * blocks * inputs**2 + sizes.get(layer.data.name, 0)
         if held + size > _PART_BYTES and parts[-1]:
             parts.append([])
             held = 0
         held += size
-        parts[-1].append(names)
+        parts[-1].append(name)
+    trunk = Trunk(model, feeds, _HELD_BYTES)
+    found: dict[int, tuple[list[str], Moments]] = {}
     for part in parts:
-        moments = input_moments(model, [layers[name].node for names in part for name in names], feeds(), seed=seed)
-        for names in part:
-            seen, *others = (moments.pop(id(layers[name].node)) for name in names)
-            for other in others:
-                seen = seen.merged(other)
-            yield names, seen
+        moments = input_moments(trunk, [layers[name].node for name in part], further=part is not parts[-1], seed=seed)
+        for name in part:
+            key, seen = id(layers[name].weight), moments.pop(id(layers[name].node))
+            names, before = found.pop(key, ([], None))
+            found[key] = [*names, name], seen if before is None else before.merged(seen)
+            if len(names) + 1 == readers[key]:
+                yield found.pop(key)
 
 
 def _rounded(emitter: Emitter, anchor: Anchor, layer: LinearLayer, seen: Moments, *, centred: bool) -> WeightCodes:

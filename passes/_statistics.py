@@ -6,9 +6,10 @@ inputs) or the last axis of a matrix. Everything that is fitted in closed form (
 bias correction, activation-weighted norms) needs only the mean of those rows and their second moment, so memory is
 ``K * K`` a layer and never grows with the data:
 
-    layer = linear_layer(node)                               # None when the node is no such layer
-    moments = input_moments(model, [node], feeds)[id(node)]  # one forward pass for any number of nodes
-    moments.mean, moments.covariance, moments.count          # [G, K], [G, K, K], rows
+    layer = linear_layer(node)                        # None when the node is no such layer
+    trunk = Trunk(model, feeds)                       # goes on where it stopped, for the next nodes
+    moments = input_moments(trunk, [node])[id(node)]  # one forward pass for any number of nodes
+    moments.mean, moments.covariance, moments.count   # [G, K], [G, K, K], rows
 
 Shapes: ``G`` groups (1 unless a grouped or depthwise convolution), ``O`` outputs a group, ``K`` inputs a group:
 ``channels / G * kernel``, channel by channel, each with its kernel positions in the order of the weight.
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from onnxslim.graph.walk import constant_value
 
 if TYPE_CHECKING:
-    from onnxslim.model import Model
+    from onnxslim.passes._trunk import Trunk
 
 __all__ = ["LinearLayer", "Moments", "input_moments", "linear_layer"]
 
@@ -410,20 +411,20 @@ def _centred(rows: Array) -> tuple[Array, FloatArray, FloatArray]:
 
 
 def input_moments(
-    model: Model,
+    trunk: Trunk,
     nodes: Iterable[gs.Node],
-    feeds: Iterable[dict[str, Array]],
     *,
+    further: bool = False,
     per_sample: int = ROWS_PER_SAMPLE,
     samples: int | None = None,
     seed: int = 0,
 ) -> dict[int, Moments]:
-    """Moments of the inputs of ``nodes`` (of the main graph) over ``feeds``, by ``id(node)``; one forward pass in all.
+    """Moments of the inputs of ``nodes`` (of the main graph) over all batches, by ``id(node)``; one step of a trunk.
 
     Args:
-        model: the model that is run; ``nodes`` are its own.
+        trunk: runs the model, of which ``nodes`` are.
         nodes: any nodes; those that `linear_layer` does not take are left out of the answer.
-        feeds: batches, streamed once.
+        further: whether the trunk is to take another step, for nodes that come later in the graph.
         per_sample: rows drawn at random from each sample of a feature map or sequence (all when it has fewer).
         samples: how many there are, for wide layers to draw more where that is few; None draws no more.
         seed: of the draw.
@@ -431,8 +432,6 @@ def input_moments(
     Raises:
         SlimError: when the model does not run on the feeds.
     """
-    from onnxslim.runtime import Session
-
     layers = {id(node): layer for node in nodes if (layer := linear_layer(node)) is not None}
     if not layers:
         return {}
@@ -440,10 +439,8 @@ def input_moments(
     for key, layer in layers.items():
         groups, _, inputs = layer.shape
         moments[key] = Moments.empty(groups, inputs)
-    session = Session(model, outputs=sorted({layer.data.name for layer in layers.values()}))
     rng = np.random.default_rng(seed)
-    for feed in feeds:
-        seen = session.run(feed)
+    for seen in trunk.step(sorted({layer.data.name for layer in layers.values()}), further=further):
         for key, layer in layers.items():
             data = seen[layer.data.name]
             each = per_sample if samples is None else layer.rows_each(samples, per_sample)

@@ -84,10 +84,14 @@ class Trunk:
         self._budget = budget
         self._held: _Held | None = None  # None: the feeds themselves
         self._types: dict[str, np.dtype[Any]] = {}  # of what is held
-        self._done: set[int] = set()
+        self._done: set[str] = set()  # what was made up to there: nodes may be put in behind it
 
-    def step(self, wanted: Sequence[str]) -> Iterator[Feed]:
+    def step(self, wanted: Sequence[str], *, further: bool = True) -> Iterator[Feed]:
         """Yield the tensors ``wanted`` (of the main graph) for each batch in turn; exhaust it before the next step.
+
+        Args:
+            wanted: those of a later step are best no ancestors of these: what is not held is computed from the inputs.
+            further: whether there is another step, for which to hold tensors.
 
         Raises:
             ModelError: the model does not run on a batch.
@@ -96,11 +100,14 @@ class Trunk:
         maker = {tensor.name: index for index, node in enumerate(nodes) for tensor in node.outputs}
         held = set(self._types)
         needed = self._ancestors(wanted, maker, held)
-        ahead = self._done | needed
-        frontier = self._frontier(ahead, held)
+        if self._held is not None and not self._entering(needed, wanted) <= held:
+            self._held, self._types, self._done, held = None, {}, set(), set()
+            needed = self._ancestors(wanted, maker, held)
+        done = self._done | {name for index in needed for name in _made(nodes[index])}
+        frontier = self._frontier(done, held)
         made = {name for index in needed for name in _made(nodes[index])}
         session = self._segment(needed, sorted({*wanted, *frontier} & made))
-        kept: _Held | None = _Held(self._budget)
+        kept = _Held(self._budget) if further else None
         types: dict[str, np.dtype[Any]] = {}
         for batch in self._held if self._held is not None else self._batches():
             values = dict(batch)
@@ -113,7 +120,7 @@ class Trunk:
                 if not kept.append(behind):
                     kept = None
         if kept is not None and types:
-            self._held, self._types, self._done = kept, types, ahead
+            self._held, self._types, self._done = kept, types, done
 
     def _ancestors(self, wanted: Iterable[str], maker: dict[str, int], held: set[str]) -> set[int]:
         """Nodes that must run to get from the held tensors to the wanted ones."""
@@ -128,13 +135,18 @@ class Trunk:
             stack.extend(maker[name] for name in _read(nodes[index]) if name not in held and name in maker)
         return needed
 
-    def _frontier(self, done: set[int], held: set[str]) -> set[str]:
-        """Tensors that nodes still to run will read of those that are there by then, graph inputs included."""
+    def _entering(self, needed: set[int], wanted: Iterable[str]) -> set[str]:
+        """The tensors that must be there for nodes to run, and those that are wanted and made by none of them."""
         nodes = self._model.graph.nodes
-        there = {name for index in done for name in _made(nodes[index])} | held
-        there |= {tensor.name for tensor in self._model.graph.inputs}
-        later = {name for index, node in enumerate(nodes) if index not in done for name in _read(node)}
-        return there & later
+        known = {tensor.name for tensor in self._model.graph.inputs} | set(self._types)
+        read = {name for index in needed for name in _read(nodes[index])} | set(wanted)
+        return read & known
+
+    def _frontier(self, done: set[str], held: set[str]) -> set[str]:
+        """Tensors that nodes still to run will read of those that are there by then, graph inputs included."""
+        there = done | held | {tensor.name for tensor in self._model.graph.inputs}
+        waiting = (node for node in self._model.graph.nodes if done.isdisjoint(_made(node)))
+        return there & {name for node in waiting for name in _read(node)}
 
     def _segment(self, needed: set[int], fetch: list[str]) -> Session | None:
         """A session over the needed nodes alone."""

@@ -22,8 +22,19 @@ from onnxslim.node_latency import node_latencies
 from onnxslim.passes._bias import add_to_bias, bias_of
 from onnxslim.passes._factors import Candidate, Factors, factor_nodes, plain_matrix, replace_by_factors, set_product
 from onnxslim.passes._ranks import choose_ranks, spectrum
-from onnxslim.passes._refit import WIDEST, Split, by_input, loss, moments_between, output_errors, refits, residuals
+from onnxslim.passes._refit import (
+    HELD_BYTES,
+    WIDEST,
+    Split,
+    by_input,
+    loss,
+    moments_between,
+    output_errors,
+    refits,
+    residuals,
+)
 from onnxslim.passes._statistics import Moments, input_moments, linear_layer
+from onnxslim.passes._trunk import Trunk
 from onnxslim.passes.base import Context, Outcome, Pass
 
 if TYPE_CHECKING:
@@ -185,9 +196,10 @@ class FactorizeLowRank(Pass):
             outcome.refuse("latency", model.graph.name, "no time can be measured without calibration data: MACs count")
         if feeds is not None:
             observed = [c for c in candidates if c.layer is not None and c.matrix.shape[1] <= WIDEST]
+            trunk = Trunk(model, Split(feeds).fitting, HELD_BYTES)
             for part in _parts(observed, lambda candidate: 8 * candidate.matrix.shape[1] ** 2):
-                batches = Split(feeds).fitting()
-                moments = input_moments(model, [c.node for c in part], batches, seed=context.seed)
+                further = part[-1] is not observed[-1]
+                moments = input_moments(trunk, [c.node for c in part], further=further, seed=context.seed)
                 for candidate in part:
                     _take_moments(candidate, moments[id(candidate.node)])
         for candidate in candidates:
@@ -353,8 +365,9 @@ class FactorizeLowRank(Pass):
         done = 0
         groups = list(by_input(layers))
         beside = residuals(working.graph, groups)
+        student, original = (Trunk(each, data.feeds, HELD_BYTES) for each in (working, teacher))
         for group in groups:
-            moments = moments_between(working, teacher, group, data, context.seed, beside)
+            moments = moments_between(student, original, group, data, context.seed, beside)
             for layer, (seen, held) in zip(group, moments, strict=True):
                 key = id(twins[id(layer.node)])
                 dense = layer.matrices()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 import ml_dtypes
@@ -16,6 +17,7 @@ from onnxslim.graph.walk import drop_value_info, hoist_constants, nested_graphs
 from onnxslim.passes._codebook import Feedback
 from onnxslim.passes._placement import matches
 from onnxslim.passes._statistics import LinearLayer, Moments, input_moments, linear_layer
+from onnxslim.passes._trunk import Trunk
 from onnxslim.passes._weight_only import quantize_stored_weights
 from onnxslim.passes.base import Context, Outcome, Pass
 
@@ -32,6 +34,7 @@ _DEQUANTIZE_OPSET, _DEQUANTIZE_IR = 21, 10  # the first with blocks and with 4-b
 _SAMPLES = 128
 _ROWS = 64  # drawn from a sequence
 _BATCH = 8
+_HELD_BYTES = 128 << 20  # of what is held from one part of the model to the next in memory, and not on disk
 _MOMENT_BYTES = 512 << 20  # of second moments that are held at a time
 _SHRINK = np.linspace(1.0, 0.7, 13)
 
@@ -131,7 +134,7 @@ class QuantizeWeights(Pass):
         return None
 
     def _moments(self, model: Model, targets: list[_Target], context: Context) -> dict[_Key, Moments]:
-        """What reads each weight in the main graph, over as many passes over the data as memory asks.
+        """What reads each weight in the main graph, as many at a time as memory holds.
 
         A weight that is also read in a body has none: what it is multiplied with there is not seen.
         """
@@ -142,12 +145,13 @@ class QuantizeWeights(Pass):
         chunk: list[gs.Node] = []
         size = 0
         nodes = [target.layer.node for target in targets if target.graph is model.graph]
+        trunk = Trunk(model, partial(data.batches, _BATCH), _HELD_BYTES)
         for index, node in enumerate(nodes):
             chunk.append(node)
             size += 8 * _width(node) ** 2
-            if size >= _MOMENT_BYTES or index + 1 == len(nodes):
-                batches = data.batches(_BATCH)
-                found |= input_moments(model, chunk, batches, per_sample=_ROWS, seed=context.seed)
+            further = index + 1 < len(nodes)
+            if size >= _MOMENT_BYTES or not further:
+                found |= input_moments(trunk, chunk, further=further, per_sample=_ROWS, seed=context.seed)
                 chunk, size = [], 0
         merged: dict[_Key, Moments] = {}
         for target in targets:

@@ -20,6 +20,7 @@ from onnxslim.passes._codebook import Coded, Feedback, fit, nearest
 from onnxslim.passes._identical import share_identical
 from onnxslim.passes._packed import CodebookWriter
 from onnxslim.passes._refit import (
+    HELD_BYTES,
     Split,
     by_input,
     channel_weights,
@@ -30,6 +31,7 @@ from onnxslim.passes._refit import (
     residuals,
 )
 from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
+from onnxslim.passes._trunk import Trunk
 from onnxslim.passes.base import Context, Outcome, Pass
 
 if TYPE_CHECKING:
@@ -241,9 +243,10 @@ class ShareWeights(Pass):
         for layer in (layer for group in groups for layer in group):
             layer.weight.values = original[id(layer.weight)].values
         data, beside = Split(context.calibration), residuals(working.graph, groups)
+        student, asked = (Trunk(each, data.feeds, HELD_BYTES) for each in (working, teacher))
         done = 0
         for group in groups:
-            found = moments_between(working, teacher, group, data, context.seed, beside)
+            found = moments_between(student, asked, group, data, context.seed, beside)
             for layer, (moments, held) in zip(group, found, strict=True):
                 weight = original[id(layer.weight)]
                 key = id(weight)

@@ -356,7 +356,7 @@ def test_moments_of_a_matrix_product(op, attrs):
     model = build([helper.make_node(op, ["x", "w"], ["y"], **attrs)], {"w": w}, rank)
     batches = [rng.standard_normal((n, 6) if op == "Gemm" else (n, 5, 6)).astype(np.float32) for n in (3, 4)]
     node = model.graph.nodes[0]
-    seen = input_moments(model, [node], [{"x": x} for x in batches])[id(node)]
+    seen = input_moments(Trunk(model, lambda: [{"x": x} for x in batches]), [node])[id(node)]
     rows = np.concatenate([x.reshape(-1, 6) for x in batches])
     assert seen.count == len(rows)
     np.testing.assert_allclose(seen.mean[0], rows.mean(0), atol=1e-6)
@@ -372,7 +372,8 @@ def test_wide_layers_see_more_rows_of_few_samples():
     assert layer.rows_each(144, at_least=60) == 60
     feeds = [{"x": np.random.default_rng(0).standard_normal((20, 64, 40, 40)).astype(np.float32)}]
     counts = [
-        input_moments(model, [layer.node], feeds, samples=samples)[id(layer.node)].count for samples in (None, 20)
+        input_moments(Trunk(model, lambda: feeds), [layer.node], samples=samples)[id(layer.node)].count
+        for samples in (None, 20)
     ]
     assert counts == [20 * 40, 20 * 288]
 
@@ -502,9 +503,11 @@ def test_steps_of_a_trunk_see_new_weights_and_held_tensors(budget, disk, monkeyp
     layer = next(n for n in model.graph.nodes if n.name == "c1")
     layer.inputs[1].values = layer.inputs[1].values * 2
     second, third = list(trunk.step(["r1", "r0"])), list(trunk.step(["y"]))
+    back = list(trunk.step(["r0"]))  # what is no longer held
     session = Session(model, outputs=["r0", "r1", "y"])
-    for feed, a, b, c in zip(feeds, first, second, third, strict=True):
+    for feed, a, b, c, d in zip(feeds, first, second, third, back, strict=True):
         want = session.run(feed)
+        np.testing.assert_allclose(d["r0"], want["r0"], atol=1e-5)
         np.testing.assert_allclose(a["r0"], want["r0"], atol=1e-5)
         np.testing.assert_allclose(b["r1"], want["r1"], atol=1e-5)
         np.testing.assert_allclose(b["r0"], want["r0"], atol=1e-5)

@@ -15,6 +15,7 @@ from onnxslim import load
 from onnxslim.passes import _quantizer, _rounding, _statistics
 from onnxslim.passes._qdq import dequantize_weight, quantize_weight
 from onnxslim.passes._rounding import round_rows
+from onnxslim.passes._trunk import Trunk
 
 
 def layer(groups, outputs, inputs, seed):
@@ -137,7 +138,7 @@ def test_weights_of_float_layers_are_stored_as_what_their_layers_give_best() -> 
     nodes = {node.name: node for node in model.graph.nodes}
     found = _rounding.round_stored(model, nodes.values(), lambda: feeds, {})
     assert set(found) == {"c", "y"}
-    moments = _statistics.input_moments(model, nodes.values(), feeds, per_sample=144)
+    moments = _statistics.input_moments(Trunk(model, lambda: feeds), nodes.values(), per_sample=144)
     for name, codes in found.items():
         node = nodes[name]
         values = dequantize_weight(codes, 0)
