@@ -242,6 +242,13 @@ class Rewriter:
             current = current.parent
         return isinstance(tensor, gs.Constant) and not scope.in_function
 
+    def rename(self, tensor: gs.Tensor) -> None:
+        """Give what a body calls its own a name that hides none of the graphs around it."""
+        home = self._home[id(tensor)]
+        home.names.pop(tensor.name, None)
+        tensor.name = self.model.fresh_name(tensor.name)
+        home.names[tensor.name] = id(tensor)
+
     def set_input(self, node: gs.Node, index: int, tensor: gs.Tensor) -> None:
         """Make a node read another tensor."""
         old = node.inputs[index]

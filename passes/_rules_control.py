@@ -116,6 +116,8 @@ def _invariant_state(g: Rewriter, node: gs.Node) -> str | None:
             handed_on = copy.inputs[0]
         if handed_on is not entry and handed_on is not value:
             continue
+        if entry.name == value.name:
+            g.rename(entry)
         inside = bool(entry.outputs) and all(g.is_visible(g.scope(user), value) for user in entry.outputs)
         outside = bool(behind.outputs) and not g.is_output(behind) and g.can_replace(behind, value)
         if inside:

@@ -110,6 +110,16 @@ def test_what_a_loop_carries_unchanged_is_read_from_outside(outputs, body, after
     assert ("z" in read_by_bodies(loop)) == outside
 
 
+def test_what_a_loop_carries_under_its_own_name_is_read_from_outside():
+    """As PaddlePaddle exports it: what the body calls it hides what it is outside."""
+    text = CARRIED.format(outputs="float[2] y, float[k, 2] v", body="r = Mul(p, z) t = Exp(r)", after="")
+    source = parse(text.replace("float[2] q)", "float[2] z)").replace("float[2] s", "float[2] z"))
+    feeds = [{"m": np.array(m), "x": plain(2), "z": plain(2, seed=1)} for m in (0, 1, 3)]
+    model, _ = rewrite(source, Simplify(), feeds=feeds)
+    loop = next(node for node in model.graph.nodes if node.op == "Loop")
+    assert "".join(tensor.name for tensor in loop.inputs) == "mcx" and "z" in read_by_bodies(loop)
+
+
 def read_by_bodies(node):
     names = set()
     for body in (value for value in node.attrs.values() if hasattr(value, "nodes")):
