@@ -75,6 +75,8 @@ def bodies(
             if node.op == "Scan" and model.opset < _SCAN_OPSET:
                 refuse(title, f"stays as it is: a Scan of opset {model.opset} runs over batches of sequences")
                 continue
+            if node.op == "Loop":
+                _forget_wrong_ranks(node, body, shapes)
             around = model.copy() if calibration is not None else None
             carried = [tensor.name for tensor in _carried(node, body)]
             border.close()
@@ -104,6 +106,17 @@ def _carried(node: gs.Node, body: gs.Graph) -> list[gs.Tensor]:
     if node.op == "Scan":
         return list(body.outputs[: len(body.inputs) - int(node.attrs["num_scan_inputs"])])
     return []
+
+
+def _forget_wrong_ranks(node: gs.Node, body: gs.Graph, shapes: Shapes) -> None:
+    """Declare no shape of what a Loop starts with another rank, as a placeholder that the body replaces (PaddlePaddle).
+
+    Inside of the Loop nobody checks that, of a graph of its own ONNX Runtime does.
+    """
+    for outer, inner in zip(node.inputs[2:], body.inputs[2:], strict=False):
+        known = shapes.shape(outer)
+        if known is not None and inner.shape is not None and len(known) != len(inner.shape):
+            inner.shape = None
 
 
 def _nodes(body: gs.Graph) -> Iterator[gs.Node]:

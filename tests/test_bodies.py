@@ -279,6 +279,28 @@ def test_a_body_of_a_loop_gets_what_each_iteration_gets(op: str, options: dict):
     assert net.to_bytes() == before
 
 
+def test_a_body_is_entered_with_what_has_another_rank_at_first():
+    """As PaddlePaddle writes what has no value before the first iteration: a number, where a matrix is declared."""
+    proto = recurrent("Loop").to_proto()
+    (loop,) = proto.graph.node
+    step = loop.attribute[0].g
+    loop.input.append("nothing")
+    loop.output.insert(1, "held")
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(0), "nothing"))
+    step.input.append(helper.make_tensor_value_info("before", TensorProto.FLOAT, [2, 8]))
+    step.node.append(helper.make_node("Identity", ["out"], ["now"]))
+    outputs = [*step.output]
+    outputs.insert(2, helper.make_tensor_value_info("now", TensorProto.FLOAT, [2, 8]))
+    del step.output[:]
+    step.output.extend(outputs)
+    net = onnxslim.load(proto)
+    data = open_dataset(sequences(), Session(net).specs)
+    told: list[str] = []
+    (entered,) = [list(body.calibration or ()) for body in bodies(net, data, lambda node, why: told.append(why))]
+    assert {feed["before"].ndim for feed in entered} == {0, 2}
+    assert not told
+
+
 def test_a_loop_that_is_never_entered_and_one_without_types_stay_with_a_reason():
     told: list[str] = []
     net = recurrent("Loop", limit=None)
