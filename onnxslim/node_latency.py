@@ -11,7 +11,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +44,18 @@ class _Profiled(Session):
         options.profile_file_prefix = self._prefix
         return options
 
-    def events(self) -> list[dict[str, Any]]:
-        """What was written down; ends it."""
-        events: list[dict[str, Any]] = json.loads(Path(self._session.end_profiling()).read_bytes())
-        return events
+    def kernels(self) -> Iterator[tuple[str, str, float]]:
+        """Name, operator and microseconds of each kernel that ran, in order; ends it.
+
+        One at a time: a loop of hundreds of iterations writes hundreds of thousands, each on a line of its own.
+        """
+        with Path(self._session.end_profiling()).open(encoding="utf-8") as lines:
+            for line in lines:
+                if _EVENT in line:
+                    event = json.loads(line.strip().rstrip(","))
+                    name = str(event["name"])
+                    if event.get("cat") == "Node" and name.endswith(_EVENT):
+                        yield name.removesuffix(_EVENT), str(event["args"].get("op_name", "")), float(event["dur"])
 
 
 def node_latencies(model: Model, feed: Mapping[str, np.ndarray]) -> dict[int, float]:
@@ -78,13 +86,9 @@ def node_latencies(model: Model, feed: Mapping[str, np.ndarray]) -> dict[int, fl
         while runs <= _LEAST_RUNS or (runs <= _MOST_RUNS and time.perf_counter() - started < _SECONDS):
             session.run(feed)
             runs += 1
-        events = session.events()
-    times: dict[tuple[str, str], list[float]] = {}
-    for event in events:
-        name = str(event.get("name", ""))
-        if event.get("cat") == "Node" and name.endswith(_EVENT):
-            key = name.removesuffix(_EVENT), str(event["args"].get("op_name", ""))
-            times.setdefault(key, []).append(float(event["dur"]))
+        times: dict[tuple[str, str], list[float]] = {}
+        for name, op, microseconds in session.kernels():
+            times.setdefault((name, op), []).append(microseconds)
     places = {id(node): place for place, node in enumerate(labelled.graph.nodes)}
     found: dict[int, float] = {}
     for (name, op), durations in times.items():
