@@ -201,7 +201,10 @@ class Session:
         options.inter_op_num_threads = 1
         if self._watching:
             # In the order of the graph, so that what only measures a tensor runs before the tensor is let go of.
+            # Not in blocked layouts either: what turns them back for a measurement runs last, and keeps all of them.
             options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            options.enable_mem_pattern = False  # one block for all tensors of a run: a third more, and no faster
         # Idle workers of one session otherwise spin on the cores while another one is being timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not optimize:
