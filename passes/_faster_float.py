@@ -8,6 +8,7 @@ cheapest division is a minimum s-t cut, as these costs are submodular (Greig, Po
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -32,7 +33,8 @@ _NANOSECONDS, _MICROSECONDS = 0.35, 6.0  # an element, and for the kernels that 
 _TOLLS = (0.25, 1.0, 2.0)  # times that, less in small networks: a division for each is timed
 _FASTER = 0.99  # times the latency of int8: what some layers in float have to bring it to
 _TIMINGS = 20
-_TIMING_SECONDS = 4.0
+_TIMING_SECONDS = 2.0
+_GLANCES, _CLEAR = 3, 1.25  # timings that do where even the worst of one model is that much better than any of another
 
 _Vertex = str | tuple[str, str]  # a node that may run on codes, by name; a side, or a tensor that crosses over
 _INT8, _FLOAT = ("side", "int8"), ("side", "float")
@@ -74,10 +76,13 @@ def faster_in_float(
 
 
 def median_latencies(models: Sequence[Model], feed: Mapping[str, np.ndarray]) -> list[float]:
-    """Milliseconds that each model takes for a feed, on one thread, interleaved."""
+    """Milliseconds that each model takes for a feed, on one thread, interleaved; few runs where they differ clearly."""
     runs = {str(index): partial(Session(model, threads=1).run, feed) for index, model in enumerate(models)}
-    timings = interleaved_latency(runs, repeats=_TIMINGS, max_seconds=_TIMING_SECONDS)
-    return [timing.median_ms for timing in timings.values()]
+    timings = interleaved_latency(runs, repeats=_GLANCES, warmup=1, min_seconds=0.0).values()
+    ordered = sorted(timings, key=lambda timing: timing.median_ms)
+    if any(_CLEAR * max(a.samples_ms) > min(b.samples_ms) for a, b in itertools.pairwise(ordered)):
+        timings = interleaved_latency(runs, repeats=_TIMINGS, warmup=1, max_seconds=_TIMING_SECONDS).values()
+    return [timing.median_ms for timing in timings]
 
 
 def cheapest_division(
