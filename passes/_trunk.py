@@ -107,20 +107,30 @@ class Trunk:
         frontier = self._frontier(done, held)
         made = {name for index in needed for name in _made(nodes[index])}
         session = self._segment(needed, sorted({*wanted, *frontier} & made))
+        fixed = self._fixed(wanted)
         kept = _Held(self._budget) if further else None
         types: dict[str, np.dtype[Any]] = {}
         for batch in self._held if self._held is not None else self._batches():
-            values = dict(batch)
+            values = fixed | batch
             if session is not None:
-                values |= session.run({name: batch[name] for name in session.inputs if name in batch})
+                given = (*session.inputs, *session.optional_inputs)
+                values |= session.run({name: batch[name] for name in given if name in batch})
             yield {name: values[name] for name in wanted}
             if kept is not None:
                 behind = {name: values[name] for name in frontier if name in values}
-                types = {name: value.dtype for name, value in behind.items()}
-                if not kept.append(behind):
+                if all(isinstance(value, np.ndarray) for value in behind.values()) and kept.append(behind):
+                    types = {name: value.dtype for name, value in behind.items()}
+                else:  # sequences, or no room
                     kept = None
         if kept is not None and types:
             self._held, self._types, self._done = kept, types, done
+
+    def _fixed(self, wanted: Sequence[str]) -> Feed:
+        """Those of the wanted tensors that are constants, or inputs that a feed need not hold."""
+        constants = [tensor for node in self._model.graph.nodes for tensor in node.inputs if tensor.name in wanted]
+        found = {tensor.name: tensor.values for tensor in constants if isinstance(tensor, gs.Constant)}
+        optional = [tensor for tensor in self._model.graph.inputs if "default" in tensor.__dict__]
+        return found | {tensor.name: tensor.default.values for tensor in optional}
 
     def _ancestors(self, wanted: Iterable[str], maker: dict[str, int], held: set[str]) -> set[int]:
         """Nodes that must run to get from the held tensors to the wanted ones."""

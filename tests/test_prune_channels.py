@@ -514,6 +514,29 @@ def test_steps_of_a_trunk_see_new_weights_and_held_tensors(budget, disk, monkeyp
         np.testing.assert_allclose(c["y"], want["y"], atol=1e-5)
 
 
+def test_steps_of_a_trunk_give_constants_defaults_and_what_follows_a_sequence():
+    weight, given = np.eye(4, dtype=np.float32), np.full((2, 4), 3, np.float32)
+    nodes = [
+        helper.make_node("Add", ["x", "d"], ["a"]),
+        helper.make_node("SplitToSequence", ["a"], ["parts"], axis=1),
+        helper.make_node("MatMul", ["c", "w"], ["e"]),
+        helper.make_node("ConcatFromSequence", ["parts"], ["b"], axis=1),
+        helper.make_node("Mul", ["b", "e"], ["y"]),
+    ]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 4]) for name in ("x", "d")]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 4])]
+    weights = [numpy_helper.from_array(values, name) for name, values in (("w", weight), ("c", given), ("d", given))]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, weights)
+    model = onnxslim.load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    trunk = Trunk(model, lambda: [{"x": x}, {"x": x, "d": x}])
+    for wanted in (["a", "c", "d"], ["c", "b"], ["y"]):
+        for found, d in zip(trunk.step(wanted), (given, x), strict=True):
+            expected = {"a": x + d, "b": x + d, "c": given, "d": d, "y": 3 * (x + d)}
+            for name in wanted:
+                np.testing.assert_array_equal(found[name], expected[name])
+
+
 def test_pruned_file_is_valid(tmp_path):
     model = residual_net()
     PruneChannels().run(model, Context(calibration=data(model)))

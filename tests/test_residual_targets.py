@@ -72,7 +72,7 @@ def error(model: Model, changed: Model) -> float:
     [
         (PruneChannels(ratio=0.5, multiple_of=8), _least_squares, 0.98),
         (FactorizeLowRank(keep=0.25), factorize_low_rank, 0.98),
-        (ShareWeights(bits=2), share_weights, 0.8),
+        (ShareWeights(bits=2, min_elements=512), share_weights, 0.8),
     ],
     ids=["prune", "low-rank", "codebook"],
 )
