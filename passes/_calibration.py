@@ -113,6 +113,8 @@ def observe(
     steps: Mapping[str, int] | None = None,
     progress: Callable[[], None] = lambda: None,
     draft: Draft | None = None,
+    *,
+    spare: bool = True,
 ) -> dict[str, Observed]:
     """Return the extremes and sizes of float32 tensors of the main graph over all feeds.
 
@@ -123,6 +125,7 @@ def observe(
         steps: of the tensors whose histogram is wanted too, every how manieth element is counted.
         progress: called after each feed.
         draft: goes on from there, behind the feeds that were seen for it, and keeps what is seen there.
+        spare: hold few tensors of a feed at a time, which takes longer; or all of them.
 
     Raises:
         ModelError: ONNX Runtime cannot run the model, or a feed does not fit it.
@@ -136,7 +139,7 @@ def observe(
     fetched = {
         name: [node.outputs[0].name for node in nodes if node.op != "Reshape"] for name, nodes in watching.items()
     }
-    session = Session(watched, outputs=[result for results in fetched.values() for result in results])
+    session = Session(watched, outputs=[result for results in fetched.values() for result in results], spare=spare)
     done, seen = (0, {}) if draft is None else _read_draft(draft.load())
     if list(seen) != list(names):
         done, seen = 0, {name: Observed() for name in names}

@@ -242,14 +242,16 @@ class Quantizer:
         unseen = [name for name in _floats(self.model.graph, shapes) if name not in seen]
         self.observed = seen | observe(self.model, unseen, itertools.islice(data, 1))
         sizes = {name: entry.elements for name, entry in self.observed.items()}
-        batch = max(1, min(_BATCH, _BATCH_BYTES // max(4 * sum(sizes.values()), 1)))
+        together = 4 * sum(sizes.values())
+        batch = max(1, min(_BATCH, _BATCH_BYTES // max(together, 1)))
         read = {anchor.node.inputs[0].name for anchor in anchors.values()}  # of those that stay float here, too
         reached = sorted((self._place(self.model).reached | anchors.keys() | read) - seen.keys())
         steps = draw_steps({name: self.observed[name] for name in reached}, len(data))
         draft = self.context.draft(
             weights=weights_digest(self.model.graph), steps=steps, batch=batch, samples=data.samples
         )
-        found = observe(self.model, reached, data.batches(batch), steps, self._progress(data, 0, 60, batch), draft)
+        spare, progress = together > _BATCH_BYTES, self._progress(data, 0, 60, batch)
+        found = observe(self.model, reached, data.batches(batch), steps, progress, draft, spare=spare)
         for name, entry in found.items():
             entry.elements = sizes[name]
         self.observed = seen | found
