@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Coded", "Feedback", "fit", "kmeans", "nearest"]
+__all__ = ["Coded", "Feedback", "fit", "kmeans", "nearest", "refit_values"]
 
 Array = NDArray[Any]
 FloatArray = NDArray[np.float64]
@@ -23,6 +23,10 @@ FloatArray = NDArray[np.float64]
 BINS = 1 << 14  # more points than this are clustered as a histogram: the error it adds is far below a codebook's own
 ROUNDS = 100
 _SMALL = 64  # matrices that are factored as a whole
+_MOST_PRODUCTS = 1 << 35  # that the values of one codebook are worth
+_PART_ELEMENTS = 1 << 22
+_PAIRED = ((0, 2), (0, 2))  # outputs and inputs
+_PULL = 1e-4  # to what k-means found, in units of the mean energy
 _BLOCK = 32  # columns whose losses reach the others by one matrix product
 
 
@@ -217,6 +221,44 @@ class Feedback:
                 losses[:, k - begin] = loss = (columns[:, k] - rounded(columns[:, k], k)) / pivots[k]
                 columns[:, k + 1 : end] -= self.upper[:, k, k + 1 : end, None] * loss[:, None]
             columns[:, end:] -= self.upper[:, begin:end, end:].swapaxes(1, 2) @ losses
+
+
+def refit_values(
+    codebook: FloatArray,
+    indices: NDArray[np.uint8],
+    scale: FloatArray,
+    covariance: FloatArray,
+    cross: FloatArray,
+    importance: FloatArray,
+) -> FloatArray:
+    """The values of a codebook with which a layer gives its targets best, the indices being what they are.
+
+    The output is linear in the few values, so this is least squares: the step of k-means that moves centres, with the
+    inputs' covariance for a metric. Of layers that are very large, some of the outputs decide.
+
+    Args:
+        codebook: what the result is drawn to where the data says little.
+        indices: ``[G, O, K]``.
+        scale: ``[G, O, K]``.
+        covariance: of the inputs, ``[G, K, K]``.
+        cross: covariance of inputs and targets, ``[G, K, O]``.
+        importance: of the outputs, ``[G, O]``.
+    """
+    count, (groups, outputs, inputs) = len(codebook), indices.shape
+    normal, right = np.zeros((count, count)), np.zeros(count)
+    stride = -(-groups * outputs * count * inputs**2 // _MOST_PRODUCTS)
+    width = max(1, _PART_ELEMENTS // (count * inputs)) * stride
+    for g in range(groups):
+        for begin in range(0, outputs, width):
+            part = slice(begin, begin + width, stride)
+            chosen = (indices[g, part, None] == np.arange(count)[:, None]) * scale[g, part, None]  # [O, values, K]
+            weighted = importance[g, part, None, None] * chosen
+            normal += np.tensordot(
+                (weighted.reshape(-1, inputs) @ covariance[g]).reshape(chosen.shape), chosen, _PAIRED
+            )
+            right += np.einsum("onk,ko->n", weighted, cross[g][:, part])
+    ridge = (_PULL * normal.trace() / count + 1e-300) * np.eye(count)
+    return np.asarray(np.linalg.solve(normal + ridge, right + ridge @ codebook), np.float64)
 
 
 def _inverse_factor(metric: FloatArray, order: NDArray[np.intp], ridge: FloatArray) -> FloatArray:

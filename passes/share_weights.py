@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 
 from onnxslim.graph.walk import drop_value_info, hoist_constants, nested_graphs
 from onnxslim.passes._bias import add_to_bias, bias_of
-from onnxslim.passes._codebook import Coded, Feedback, fit, nearest
+from onnxslim.passes._codebook import Coded, Feedback, fit, nearest, refit_values
 from onnxslim.passes._identical import share_identical
 from onnxslim.passes._packed import CodebookWriter
 from onnxslim.passes._refit import (
@@ -42,6 +42,8 @@ __all__ = ["ShareWeights"]
 Array = NDArray[Any]
 FloatArray = NDArray[np.float64]
 
+_ROUNDS = 3  # in which indices and values of a codebook are fitted in turn
+
 # Inputs of an op that hold weights, and the axis of the weight that makes its output channels.
 WEIGHTS: dict[str, dict[int, int]] = {
     "Conv": {1: 0},
@@ -64,11 +66,11 @@ class ShareWeights(Pass):
     constant, so ONNX Runtime and TVM compute them once, when the model is loaded or compiled: a smaller file, not a
     faster or, in memory, smaller model. With its optimisations switched off a runtime would look up at every inference.
 
-    With calibration data the layers are treated in order: each is first refitted to give the original's output from the
-    inputs that it now gets (asymmetric least squares; He et al. 2017), its indices are then chosen so that later
-    columns make up for earlier ones (GPTQ, Frantar et al. 2023, with a codebook for a grid), and the mean of what is
-    left goes into the bias. A layer keeps that only where it lowers its own error, the model only where it lowers that
-    of its outputs.
+    With calibration data the layers are treated in order: each is first refitted to give the original's output from
+    the inputs that it now gets (asymmetric least squares; He et al. 2017), its indices are then chosen so that
+    later columns make up for earlier ones (GPTQ, Frantar et al. 2023, with a codebook for a grid), in turns with
+    the values of the codebook, and the mean of what is left goes into the bias. A layer keeps that only where it
+    lowers its own error, the model only where it lowers that of its outputs.
     Without data the weights are clustered as they are (Deep Compression, Han et al. 2016).
 
     A tensor is left alone where its encoding would not be smaller. Two planes of bits make up 3, 5, 6 and 7 bit indices
@@ -285,7 +287,8 @@ class ShareWeights(Pass):
         if moments.count < 2 or not np.isfinite(energy).all() or not energy.max() > 0:
             return plain
         best, least = plain, loss(layer.matrices(plain.decode()), held)
-        spread = channel_weights(moments)[:, :, None] * (energy[:, None, :] + 1e-3 * energy.mean())
+        counts = channel_weights(moments)
+        spread = counts[:, :, None] * (energy[:, None, :] + 1e-3 * energy.mean())
         importance = layer.stored(np.ascontiguousarray(spread)).astype(np.float64)
         feedback = Feedback(covariance)
         for matrices in (dense, *refits(dense, moments)):
@@ -293,15 +296,23 @@ class ShareWeights(Pass):
             first = self._cluster(target, stored, importance)
             ones = np.ones(stored.shape) if first.scale is None else np.broadcast_to(first.scale, stored.shape)
             scales, book = layer.matrices(ones.astype(np.float64)), first.codebook.astype(np.float64)
-            indices = feedback.assign(layer.matrices(stored), book, scales)
-            # The exact index back in the layout of the weight: the value decides it.
-            values = layer.stored_as(book[indices])
-            coded = dataclasses.replace(first, indices=nearest(values, book))
-            for option in (first, coded):
+            options = [first]
+            for _ in range(_ROUNDS):
+                indices = feedback.assign(layer.matrices(stored), book, scales)
+                fitted = refit_values(book, indices, scales, covariance, moments.cross_covariance, counts)
+                options += [_recoded(first, layer.stored_as(values[indices]), values) for values in (book, fitted)]
+                book = options[-1].codebook.astype(np.float64)
+            for option in options:
                 error = loss(layer.matrices(option.decode()), held)
                 if error < least:
                     best, least = option, error
         return best
+
+
+def _recoded(coded: Coded, chosen: FloatArray, values: FloatArray) -> Coded:
+    """The same scales with other ``values``, of which each element has the one that is ``chosen`` for it."""
+    book = np.unique(values.astype(coded.codebook.dtype))
+    return dataclasses.replace(coded, codebook=book, indices=nearest(chosen, book.astype(np.float64)))
 
 
 @dataclass

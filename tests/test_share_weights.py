@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from onnxslim.data import open_dataset
 from onnxslim.model import Model, load
+from onnxslim.passes import _codebook
 from onnxslim.passes._codebook import Coded, Feedback, fit, kmeans, nearest
 from onnxslim.passes._packed import PLANES, CodebookWriter, Form, pack, unpack_table
 from onnxslim.passes._statistics import Moments
@@ -153,6 +154,32 @@ def test_inputs_that_hardly_vary_around_a_large_mean():
     indefinite = np.stack([-np.eye(12), np.diag([1.0] * 11 + [-1.0])])
     indices = Feedback(indefinite).assign(rng.normal(size=(2, 5, 12)), book, ones)
     assert indices.shape == (2, 5, 12)
+
+
+@pytest.mark.parametrize("products", [1 << 35, 2000])
+@pytest.mark.parametrize(("groups", "outputs", "inputs"), [(1, 6, 9), (5, 1, 9), (2, 3, 4)])
+def test_values_of_a_codebook_are_those_of_least_squares(groups, outputs, inputs, products, monkeypatch):
+    """Against a solver that sees the rows themselves; of a layer that is too large, every other output is enough."""
+    monkeypatch.setattr(_codebook, "_MOST_PRODUCTS", products)
+    rng = np.random.default_rng(groups)
+    x, y = rng.normal(size=(groups, 50, inputs)), rng.normal(size=(groups, 50, outputs))
+    indices = rng.integers(0, 4, (groups, outputs, inputs)).astype(np.uint8)
+    scale = np.broadcast_to(rng.uniform(0.5, 2, (groups, outputs, 1)), indices.shape)
+    importance = rng.uniform(0.5, 2, (groups, outputs))
+    start = np.linspace(-1, 1, 4)
+    moments = np.einsum("gnk,gnl->gkl", x, x), np.einsum("gnk,gno->gko", x, y)
+    found = _codebook.refit_values(start, indices, scale, *moments, importance)
+    stride = -(-groups * outputs * 4 * inputs**2 // products)
+    rows, targets = [], []
+    for g in range(groups):
+        for o in range(0, outputs, stride):
+            hot = (indices[g, o][:, None] == np.arange(4)) * scale[g, o][:, None]
+            rows.append(np.sqrt(importance[g, o]) * x[g] @ hot)
+            targets.append(np.sqrt(importance[g, o]) * y[g, :, o])
+    best = np.linalg.lstsq(np.concatenate(rows), np.concatenate(targets), rcond=None)[0]
+    np.testing.assert_allclose(found, best, atol=2e-3)
+    unused = _codebook.refit_values(start, np.zeros_like(indices), scale, *moments, importance)
+    np.testing.assert_allclose(unused[1:], start[1:])
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
