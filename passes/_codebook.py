@@ -23,8 +23,8 @@ FloatArray = NDArray[np.float64]
 BINS = 1 << 14  # more points than this are clustered as a histogram: the error it adds is far below a codebook's own
 ROUNDS = 100
 _SMALL = 64  # matrices that are factored as a whole
-_MOST_PRODUCTS = 1 << 35  # that the values of one codebook are worth
-_PART_ELEMENTS = 1 << 22
+_MOST_PRODUCTS = 1 << 32  # that the values of one codebook are worth
+_PART_ELEMENTS = 1 << 20  # of a weight, once for each value, that are taken at a time
 _PAIRED = ((0, 2), (0, 2))  # outputs and inputs
 _PULL = 1e-4  # to what k-means found, in units of the mean energy
 _BLOCK = 32  # columns whose losses reach the others by one matrix product
@@ -253,9 +253,8 @@ def refit_values(
             part = slice(begin, begin + width, stride)
             chosen = (indices[g, part, None] == np.arange(count)[:, None]) * scale[g, part, None]  # [O, values, K]
             weighted = importance[g, part, None, None] * chosen
-            normal += np.tensordot(
-                (weighted.reshape(-1, inputs) @ covariance[g]).reshape(chosen.shape), chosen, _PAIRED
-            )
+            seen = (weighted.reshape(-1, inputs) @ covariance[g]).reshape(chosen.shape)
+            normal += np.tensordot(seen, chosen, _PAIRED)
             right += np.einsum("onk,ko->n", weighted, cross[g][:, part])
     ridge = (_PULL * normal.trace() / count + 1e-300) * np.eye(count)
     return np.asarray(np.linalg.solve(normal + ridge, right + ridge @ codebook), np.float64)

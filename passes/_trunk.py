@@ -103,11 +103,11 @@ class Trunk:
         if self._held is not None and not self._entering(needed, wanted) <= held:
             self._held, self._types, self._done, held = None, {}, set(), set()
             needed = self._ancestors(wanted, maker, held)
-        done = self._done | {name for index in needed for name in _made(nodes[index])}
-        frontier = self._frontier(done, held)
         made = {name for index in needed for name in _made(nodes[index])}
+        done = self._done | made
+        frontier = self._frontier(done, held)
         session = self._segment(needed, sorted({*wanted, *frontier} & made))
-        fixed = self._fixed(wanted)
+        fixed = self._fixed(set(wanted))
         kept = _Held(self._budget) if further else None
         types: dict[str, np.dtype[Any]] = {}
         for batch in self._held if self._held is not None else self._batches():
@@ -125,7 +125,7 @@ class Trunk:
         if kept is not None and types:
             self._held, self._types, self._done = kept, types, done
 
-    def _fixed(self, wanted: Sequence[str]) -> Feed:
+    def _fixed(self, wanted: set[str]) -> Feed:
         """Those of the wanted tensors that are constants, or inputs that a feed need not hold."""
         constants = [tensor for node in self._model.graph.nodes for tensor in node.inputs if tensor.name in wanted]
         found = {tensor.name: tensor.values for tensor in constants if isinstance(tensor, gs.Constant)}
