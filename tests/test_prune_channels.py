@@ -514,6 +514,21 @@ def test_steps_of_a_trunk_see_new_weights_and_held_tensors(budget, disk, monkeyp
         np.testing.assert_allclose(c["y"], want["y"], atol=1e-5)
 
 
+def test_a_trunk_runs_no_node_twice(monkeypatch):
+    model, ran = residual_net(), []
+
+    def session(part, **options):
+        ran.extend(node.outputs[0].name for node in part.graph.nodes)
+        return Session(part, **options)
+
+    monkeypatch.setattr("onnxslim.passes._trunk.Session", session)
+    feeds = [{"x": np.ones((2, 3, 8, 8), np.float32)}]
+    trunk = Trunk(model, lambda: feeds)
+    for wanted in ("r0", "r1", "y"):
+        list(trunk.step([wanted]))
+    assert sorted(ran) == sorted(node.outputs[0].name for node in model.graph.nodes)
+
+
 def test_steps_of_a_trunk_give_constants_defaults_and_what_follows_a_sequence():
     weight, given = np.eye(4, dtype=np.float32), np.full((2, 4), 3, np.float32)
     nodes = [
