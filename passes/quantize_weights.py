@@ -16,6 +16,7 @@ from pydantic import Field
 from onnxslim.graph.walk import drop_value_info, hoist_constants, nested_graphs
 from onnxslim.passes._codebook import Feedback
 from onnxslim.passes._placement import matches
+from onnxslim.passes._refit import HELD_BYTES
 from onnxslim.passes._statistics import LinearLayer, Moments, input_moments, linear_layer
 from onnxslim.passes._trunk import Trunk
 from onnxslim.passes._weight_only import quantize_stored_weights
@@ -34,7 +35,6 @@ _DEQUANTIZE_OPSET, _DEQUANTIZE_IR = 21, 10  # the first with blocks and with 4-b
 _SAMPLES = 128
 _ROWS = 64  # drawn from a sequence
 _BATCH = 8
-_HELD_BYTES = 128 << 20  # of what is held from one part of the model to the next in memory, and not on disk
 _MOMENT_BYTES = 512 << 20  # of second moments that are held at a time
 _SHRINK = np.linspace(1.0, 0.7, 13)
 
@@ -145,7 +145,7 @@ class QuantizeWeights(Pass):
         chunk: list[gs.Node] = []
         size = 0
         nodes = [target.layer.node for target in targets if target.graph is model.graph]
-        trunk = Trunk(model, partial(data.batches, _BATCH), _HELD_BYTES)
+        trunk = Trunk(model, partial(data.batches, _BATCH), HELD_BYTES)
         for index, node in enumerate(nodes):
             chunk.append(node)
             size += 8 * _width(node) ** 2
