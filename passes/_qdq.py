@@ -164,15 +164,28 @@ def quantize_weight(
     rows = weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
     largest = np.abs(rows).max(axis=1)
     if pairs and rows.shape[1] > 1:
-        for signed in (rows, -rows):
-            two = np.partition(np.maximum(signed, 0), -2, axis=1)[:, -2:]
-            # 255 * 128 just fits into 16 bits: 127 before rounding, which may add one.
-            largest = np.maximum(largest, two.sum(axis=1))
+        # 255 * 128 just fits into 16 bits: 127 before rounding, which may add one.
+        largest = np.maximum(largest, _two_largest(rows))
     scale = np.where(largest > _DEAD, largest / CODE_LIMIT, 1.0)
     scale = np.maximum(scale, floor if axis is not None else np.max(floor)).astype(np.float32)
     if axis is None:
         scale = scale.reshape(())
     return WeightCodes(plain_codes(weight, scale, axis), scale)
+
+
+def _two_largest(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The largest sum of two elements of one sign in each row, without its sign."""
+    rest, row = rows.copy(), np.arange(len(rows))
+    sums = []
+    for outermost, sign in ((np.argmax, 1), (np.argmin, -1)):
+        total = np.zeros(len(rows), np.float32)
+        for _ in range(2):
+            place = outermost(rest, axis=1)
+            found = sign * np.maximum(sign * rest[row, place], 0)
+            total += found
+            rest[row, place] -= found
+        sums.append(np.abs(total))
+    return np.maximum(*sums)
 
 
 def plain_codes(weight: NDArray[np.float32], scale: NDArray[np.float32], axis: int | None) -> NDArray[np.int8]:
