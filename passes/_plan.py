@@ -194,7 +194,9 @@ def weights_digest(graph: gs.Graph) -> str:
 
 
 def _deflated(content: bytes) -> str:
-    return base64.b64encode(zlib.compress(content, 6)).decode("ascii")
+    # Noise about zero holds no longer repetitions than runs: to look for them takes ten times as long.
+    deflater = zlib.compressobj(strategy=zlib.Z_RLE)
+    return base64.b64encode(deflater.compress(content) + deflater.flush()).decode("ascii")
 
 
 def _inflated(text: str, size: int) -> bytes:
