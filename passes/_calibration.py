@@ -50,13 +50,14 @@ class Histogram:
     first: int = 0
     counts: FloatArray = field(default_factory=lambda: np.zeros(0))
 
-    def add(self, values: NDArray[np.float32]) -> None:
-        """Count more values; those that are not finite are left out."""
+    def add(self, values: NDArray[np.float32], times: FloatArray | None = None) -> None:
+        """Count more values, so many times each; those that are not finite are left out."""
         if not values.size:
             return
         low, high = float(values.min()), float(values.max())
         if not (np.isfinite(low) and np.isfinite(high)):
-            values = values[np.isfinite(values)]
+            finite = np.isfinite(values)
+            values, times = values[finite], None if times is None else times[finite]
             low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
         low = min(low, self.first * self.width)
         high = max(high, (self.first + self.counts.size - 1) * self.width)
@@ -69,9 +70,15 @@ class Histogram:
         old = (np.arange(self.first, self.first + self.counts.size) >> doubled) - first
         # The quotients are exact, a power of two being divided by.
         new = np.floor(values / width).astype(np.intp) - first
-        counts = np.bincount(old, self.counts, minlength=size) + np.bincount(new, minlength=size)
+        counts = np.bincount(old, self.counts, minlength=size) + np.bincount(new, times, minlength=size)
         self.counts = np.asarray(counts, np.float64)
         self.width, self.first = width, first
+
+    def mapped(self, function: Callable[[FloatArray], FloatArray]) -> Histogram:
+        """About the histogram of what ``function`` makes of the elements one by one."""
+        found = Histogram()
+        found.add(function(self.centres).astype(np.float32), self.counts)
+        return found
 
     @property
     def centres(self) -> FloatArray:
@@ -93,6 +100,12 @@ class Observed:
     high: float = -np.inf
     elements: int = 0
     histogram: Histogram = field(default_factory=Histogram)
+
+    def mapped(self, function: Callable[[FloatArray], FloatArray], elements: int) -> Observed:
+        """What would be seen of ``elements`` that a rising ``function`` makes of these."""
+        with np.errstate(over="ignore"):
+            low, high = function(np.array([self.low, self.high])).tolist()
+            return Observed(low, high, elements, self.histogram.mapped(function))
 
     @property
     def finite(self) -> bool:

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxslim.graph.shapes import Shapes
 from onnxslim.graph.walk import constant_value, nested_graphs
@@ -40,6 +41,7 @@ _REDUCING = ("AveragePool", "GlobalAveragePool", "MaxPool")
 _SIDE_SHARE = 8  # an operand at most this many times smaller than the result may be quantized for it
 
 Kind = Literal["same", "moved", "arithmetic"]
+Mapped = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 @dataclass
@@ -74,6 +76,10 @@ class Chain:
         """This chain with one more node, which computes ``clip(a * y + b, low, high)``."""
         ends = [min(max(a * end + b, low), high) for end in (self.low, self.high)]
         return Chain([*self.nodes, node], self.source, output, a * self.a, a * self.b + b, ends[0], ends[1])
+
+    def of(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What the nodes make of elements of the source."""
+        return np.clip(self.a * values + self.b, self.low, self.high)
 
     @property
     def representable(self) -> bool:
@@ -126,6 +132,20 @@ class Placement:
         """All tensors whose values decide about codes: those that have one, and those inside chains."""
         inside = {node.outputs[0].name for chain in self.chains.values() for node in chain.nodes}
         return self.carried | self.fed | self.absorbed | inside
+
+    def made_from(self) -> Iterator[tuple[str, str, Mapped]]:
+        """Carried tensors that hold no more than what others do, element by element, in the order of the graph.
+
+        Yields the tensor, the other one, and what makes the one of the other: a function that never falls.
+        """
+        for node in self.graph.nodes:
+            name = node.outputs[0].name if node.outputs else ""
+            if name in self.chains and name in self.carried and self.chains[name].source.name not in self.absorbed:
+                yield name, self.chains[name].source.name, self.chains[name].of
+            elif name in self.propagators:
+                function = _rising(node) if self.propagators[name].kind == "arithmetic" else np.asarray
+                if function is not None:
+                    yield from ((tensor.name, node.inputs[0].name, function) for tensor in node.outputs if tensor.name)
 
     # ---------------------------------------------------------------------------------------------------- candidates
 
@@ -318,6 +338,15 @@ class Placement:
     def _reduces(self, node: gs.Node) -> bool:
         before = self.elements.get(node.inputs[0].name, 0)
         return node.op in _REDUCING and self.elements.get(node.outputs[0].name, 0) * 2 <= before
+
+
+def _rising(node: gs.Node) -> Mapped | None:
+    """What a node makes of each element, where that rises with it; None where it is not of one element."""
+    if node.op == "Sigmoid":
+        return lambda values: 1.0 / (1.0 + np.exp(-values))
+    if node.op == "LeakyRelu" and 0.0 <= (slope := float(node.attrs.get("alpha", 0.01))) <= 1.0:
+        return lambda values: np.maximum(values, slope * values)
+    return None
 
 
 def matches(node: gs.Node, patterns: Iterable[str]) -> bool:

@@ -236,25 +236,31 @@ class Quantizer:
     def _observe(self, data: Dataset, anchors: dict[str, Anchor], shapes: Shapes) -> int:
         """See what the tensors that int8 may reach hold, one feed first for their sizes; return the batch to run.
 
-        Tensors that were observed are left out.
+        Tensors that were observed are left out. So are, but for that feed, those that never have a code, and those of
+        which it follows from others what they hold: what is not fetched may be fused.
         """
         seen = self.observed
         unseen = [name for name in _floats(self.model.graph, shapes) if name not in seen]
-        self.observed = seen | observe(self.model, unseen, itertools.islice(data, 1))
-        sizes = {name: entry.elements for name, entry in self.observed.items()}
+        self.observed = first = seen | observe(self.model, unseen, itertools.islice(data, 1))
+        sizes = {name: entry.elements for name, entry in first.items()}
         together = 4 * sum(sizes.values())
         batch = max(1, min(_BATCH, _BATCH_BYTES // max(together, 1)))
-        read = {anchor.node.inputs[0].name for anchor in anchors.values()}  # of those that stay float here, too
-        reached = sorted((self._place(self.model).reached | anchors.keys() | read) - seen.keys())
-        steps = draw_steps({name: self.observed[name] for name in reached}, len(data))
+        placement = self._place(self.model)
+        layers = anchors.keys() | {anchor.node.inputs[0].name for anchor in anchors.values()}  # the float ones, too
+        reached = placement.reached | layers
+        made = {name: (source, mapped) for name, source, mapped in placement.made_from() if name not in seen}
+        watched = sorted((placement.carried | placement.fed | layers) - placement.absorbed - made.keys() - seen.keys())
+        steps = draw_steps({name: first[name] for name in watched}, len(data))
         draft = self.context.draft(
             weights=weights_digest(self.model.graph), steps=steps, batch=batch, samples=data.samples
         )
         spare, progress = together > _BATCH_BYTES, self._progress(data, 0, 60, batch)
-        found = observe(self.model, reached, data.batches(batch), steps, progress, draft, spare=spare)
+        found = observe(self.model, watched, data.batches(batch), steps, progress, draft, spare=spare)
         for name, entry in found.items():
             entry.elements = sizes[name]
-        self.observed = seen | found
+        self.observed = {name: first[name] for name in reached} | seen | found
+        for name, (source, mapped) in made.items():
+            self.observed[name] = self.observed[source].mapped(mapped, sizes[name])
         return batch
 
     @property
