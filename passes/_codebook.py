@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ __all__ = ["Coded", "Feedback", "fit", "kmeans", "nearest", "refit_values"]
 
 Array = NDArray[Any]
 FloatArray = NDArray[np.float64]
+_Float = TypeVar("_Float", np.float32, np.float64)
 
 BINS = 1 << 14  # more points than this are clustered as a histogram: the error it adds is far below a codebook's own
 ROUNDS = 100
@@ -206,21 +207,23 @@ class Feedback:
         """What indexes ``[G, K, O]`` to give the columns in the order in which they are fixed."""
         return np.arange(len(self.order))[:, None], self.order
 
-    def fix(self, columns: FloatArray, rounded: Callable[[FloatArray, int], FloatArray]) -> None:
+    def fix(self, columns: NDArray[_Float], rounded: Callable[[NDArray[_Float], int], NDArray[_Float]]) -> None:
         """Fix columns one after another.
 
         Args:
-            columns: what is to be rounded, ``[G, K, O]`` in the order in which they are fixed; used up.
+            columns: what is to be rounded, ``[G, K, O]`` in the order in which they are fixed; used up. Of their dtype
+                is all that is computed.
             rounded: gives the values that are to stand for the ``k``-th column ``[G, O]``.
         """
-        pivots = np.einsum("gkk->kg", self.upper)[:, :, None]
+        upper = self.upper.astype(columns.dtype, copy=False)
+        pivots = np.einsum("gkk->kg", upper)[:, :, None]
         for begin in range(0, columns.shape[1], _BLOCK):
             end = min(begin + _BLOCK, columns.shape[1])
-            losses = np.empty((len(columns), end - begin, columns.shape[2]))
+            losses = np.empty((len(columns), end - begin, columns.shape[2]), columns.dtype)
             for k in range(begin, end):
                 losses[:, k - begin] = loss = (columns[:, k] - rounded(columns[:, k], k)) / pivots[k]
-                columns[:, k + 1 : end] -= self.upper[:, k, k + 1 : end, None] * loss[:, None]
-            columns[:, end:] -= self.upper[:, begin:end, end:].swapaxes(1, 2) @ losses
+                columns[:, k + 1 : end] -= upper[:, k, k + 1 : end, None] * loss[:, None]
+            columns[:, end:] -= upper[:, begin:end, end:].swapaxes(1, 2) @ losses
 
 
 def refit_values(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["reconstruct", "round_rows", "round_stored"]
 
 FloatArray = NDArray[np.float64]
+Columns = NDArray[np.float32]
 
 _MOST_INPUTS = 2048  # of a layer: its moments take 34 MB, and what is made of them as much again a few times
 _PART_BYTES = 40 << 20  # of moments, and of the activations that they are taken of, that are held at a time
@@ -166,12 +167,15 @@ def round_rows(
         rows: the weight, ``[G, O, K]``.
         codes: ``rows`` rounded one by one.
         scale: positive, ``[G, O, 1]``.
-        metric: what an error in the inputs' directions costs, ``[G, K, K]``; its diagonal is raised a little.
+        metric: what an error in the inputs' directions costs, ``[G, K, K]``; it is scaled, its diagonal raised.
         pairs: keep the sum of any two codes of one row and sign at 128 at most, as ``codes`` do.
     """
     diagonal = np.einsum("gkk->gk", metric)
-    diagonal += _DAMPING * diagonal.mean(axis=1, keepdims=True) + 1e-30
+    unit = diagonal.mean(axis=1)
+    metric /= np.where(unit > 0, unit, 1.0)[:, None, None]
+    diagonal += _DAMPING
     feedback = Feedback(metric, 0.0)
+    single = metric.astype(np.float32)  # what is compared from here on differs by more than that rounds
     found = np.empty_like(codes)
     width = max(1, _PART_ELEMENTS // (len(codes) * codes.shape[2]))
     for begin in range(0, codes.shape[1], width):
@@ -180,16 +184,16 @@ def round_rows(
         limits = -_limit(-plain, pairs=pairs), _limit(plain, pairs=pairs)
         # In steps of the scale, [G, K, O]: a row's error grows with its scale whatever codes it has.
         wanted, start, low, high = (
-            np.ascontiguousarray(each.swapaxes(1, 2), np.float64)
+            np.ascontiguousarray(each.swapaxes(1, 2), np.float32)
             for each in (rows[:, part] / scale[:, part], plain, *limits)
         )
-        found[:, part] = _chosen(wanted, start, low, high, metric, feedback).swapaxes(1, 2)
+        found[:, part] = _chosen(wanted, start, low, high, single, feedback).swapaxes(1, 2)
     return found
 
 
 def _chosen(
-    wanted: FloatArray, plain: FloatArray, low: FloatArray, high: FloatArray, metric: FloatArray, feedback: Feedback
-) -> FloatArray:
+    wanted: Columns, plain: Columns, low: Columns, high: Columns, metric: Columns, feedback: Feedback
+) -> Columns:
     """Codes ``[G, K, O]`` between ``low`` and ``high`` that stand for ``wanted``, none worse than ``plain``."""
     tried = _fed_back(wanted, low, high, feedback)
     errors = tried - wanted, plain - wanted
@@ -212,12 +216,12 @@ def _limit(codes: NDArray[np.int16], *, pairs: bool) -> NDArray[np.int16]:
     return limit
 
 
-def _fed_back(wanted: FloatArray, low: FloatArray, high: FloatArray, feedback: Feedback) -> FloatArray:
+def _fed_back(wanted: Columns, low: Columns, high: Columns, feedback: Feedback) -> Columns:
     """Codes ``[G, K, O]`` with what each column loses put on the next ones."""
     codes = np.empty_like(wanted)
     lows, highs = low[feedback.columns], high[feedback.columns]
 
-    def rounded(column: FloatArray, k: int) -> FloatArray:
+    def rounded(column: Columns, k: int) -> Columns:
         return np.minimum(np.maximum(np.rint(column), lows[:, k]), highs[:, k], out=codes[:, k])
 
     feedback.fix(wanted[feedback.columns], rounded)
@@ -226,7 +230,7 @@ def _fed_back(wanted: FloatArray, low: FloatArray, high: FloatArray, feedback: F
     return restored
 
 
-def _descend(codes: FloatArray, slope: FloatArray, low: FloatArray, high: FloatArray, metric: FloatArray) -> None:
+def _descend(codes: Columns, slope: Columns, low: Columns, high: Columns, metric: Columns) -> None:
     """Move one code ``[G, K, O]`` after another to where the error is least, given all others.
 
     Args:
@@ -238,7 +242,7 @@ def _descend(codes: FloatArray, slope: FloatArray, low: FloatArray, high: FloatA
         moved = False
         for begin in range(0, codes.shape[1], _BLOCK):
             end = min(begin + _BLOCK, codes.shape[1])
-            near, steps = slope[:, begin:end].copy(), np.zeros((len(codes), end - begin, codes.shape[2]))
+            near, steps = slope[:, begin:end].copy(), np.zeros((len(codes), end - begin, codes.shape[2]), codes.dtype)
             for k in range(begin, end):
                 here = k - begin
                 best = codes[:, k] - np.rint(near[:, here] / curve[k])

@@ -41,13 +41,27 @@ def codes_of(rows, *, pairs):
 def test_the_error_falls_and_codes_stay_legal(shape, pairs):
     rows, metric = layer(*shape, seed=1)
     codes, scale = codes_of(rows, pairs=pairs)
-    found = round_rows(rows, codes, scale, metric, pairs=pairs)
+    found = round_rows(rows, codes, scale, metric.copy(), pairs=pairs)
     before, after = (loss(scale * each - rows, metric).sum() for each in (codes, found))
     assert after <= before * (1.0 if shape[2] == 1 else 0.5)
     assert found.dtype == np.int8 and np.abs(found.astype(int)).max() <= 127
     if pairs and shape[2] > 1:
         for signed in (found.astype(int), -found.astype(int)):
             assert np.sort(np.maximum(signed, 0), axis=2)[:, :, -2:].sum(axis=2).max() <= 128
+
+
+@pytest.mark.parametrize("size", [1e-60, 1e-9, 1e60])
+def test_codes_do_not_depend_on_the_size_of_the_inputs(size):
+    rows, metric = layer(2, 6, 50, seed=4)
+    codes, scale = codes_of(rows, pairs=False)
+    found = round_rows(rows, codes, scale, size * metric, pairs=False)
+    assert (found == round_rows(rows, codes, scale, metric.copy(), pairs=False)).mean() > 0.99
+
+
+def test_inputs_that_are_zero_leave_the_codes_of_plain_rounding():
+    rows, _ = layer(1, 4, 20, seed=5)
+    codes, scale = codes_of(rows, pairs=False)
+    assert np.array_equal(round_rows(rows, codes, scale, np.zeros((1, 20, 20)), pairs=False), codes)
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -71,7 +85,7 @@ def test_no_row_is_worse_than_rounded_one_by_one():
 def test_small_rows_are_near_the_best_codes():
     rows, metric = layer(20, 1, 4, seed=2)
     codes, scale = codes_of(rows, pairs=False)
-    found = round_rows(rows, codes, scale, metric, pairs=False)
+    found = round_rows(rows, codes, scale, metric.copy(), pairs=False)
     near = np.array(list(itertools.product(range(-2, 3), repeat=4)))
     best = np.array(
         [
