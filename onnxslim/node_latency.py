@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["node_latencies"]
 
-_SECONDS, _LEAST_RUNS, _MOST_RUNS = 1.0, 3, 50
+_SECONDS, _LEAST_RUNS, _MOST_RUNS = 0.5, 3, 50
 _FUSED = 8  # nodes in a row that one kernel may stand for
 _LABEL = re.compile(r"node(\d+)\.")
 _EVENT = "_kernel_time"
