@@ -32,8 +32,8 @@ FloatArray = NDArray[np.float64]
 Columns = NDArray[np.float32]
 
 _MOST_INPUTS = 2048  # of a layer: its moments take 34 MB, and what is made of them as much again a few times
-_PART_BYTES = 40 << 20  # of moments, and of the activations that they are taken of, that are held at a time
-_HELD_BYTES = 16 << 20  # of what is held from one part of the model to the next in memory, and not on disk
+_PART_BYTES = 12 << 20  # of moments, and of the activations that they are taken of, that are held at a time
+_HELD_BYTES = 8 << 20  # of what is held from one part of the model to the next in memory, and not on disk
 _DAMPING = 1e-3  # of the mean energy of the inputs
 _SWEEPS = 2  # more lower the error by a thousandth
 _BLOCK = 32  # columns whose steps reach the others by one matrix product
