@@ -64,6 +64,7 @@ _SMALL_ERROR, _LARGE_ERROR = 1e-3, 0.05  # noise over signal of the outputs: no 
 _BROKEN_ERROR, _MOST_LEFT = 0.2, 0.25  # up to which error at most this share of the MACs is left in float for accuracy
 _CLEARLY = 0.7  # times the error before: what leaving more layers in float has to bring it to
 _PAYS_OFF = 0.8  # times the error before: what other scales of channels have to bring it to
+_GLANCE, _MAY_PAY_OFF = 4, 0.9  # batches that are observed first, and what they have to bring it to
 _COUNTS = (1, 2, 4, 8, 16)  # of layers that stay float
 _SENSITIVITY_SECONDS = 60
 _SENSITIVITY_FEEDS = 2
@@ -461,13 +462,16 @@ class Quantizer:
             return plans
         trial = replace(self, model=self.model.copy())
         changed = apply_equalizations(trial.model, trial._place(trial.model), found)
-        trial.observed = {name: seen for name, seen in self.observed.items() if name not in changed}
-        trial._observe(split.data, *trial._anchors(trial.model, None))
-        tried = trial._judged(judge, {method: trial._ranges(method) for method in plans})
-        if _least(tried) > _PAYS_OFF * before:
-            why = f"the output error on held-back samples would be {_least(tried):.3g}, not {before:.3g}"
-            self.outcome.refuse("equalization", "model", why)
-            return plans
+        best = min(plans, key=lambda method: plans[method].error)
+        glance = split.data.take(_GLANCE * split.batch)
+        for data, methods, enough in ((glance, [best], _MAY_PAY_OFF), (split.data, list(plans), _PAYS_OFF)):
+            trial.observed = {name: seen for name, seen in self.observed.items() if name not in changed}
+            trial._observe(data, *trial._anchors(trial.model, None))
+            tried = trial._judged(judge, {method: trial._ranges(method) for method in methods})
+            if _least(tried) > enough * before:
+                why = f"the output error on held-back samples would be {_least(tried):.3g}, not {before:.3g}"
+                self.outcome.refuse("equalization", "model", why)
+                return plans
         apply_equalizations(self.model, self._place(self.model), found)
         self.observed = trial.observed
         self.equalized = found

@@ -9,6 +9,8 @@ from test_quantize_static import Builder, images, quantize
 
 from onnxslim import Model, load
 from onnxslim.graph.shapes import infer_shapes
+from onnxslim.passes import _quantizer
+from onnxslim.passes._calibration import observe
 from onnxslim.passes._equalize import apply_equalizations, find_equalizations
 from onnxslim.passes._placement import ANCHORS, Anchor, Placement, anchor_obstacle, weight_axis
 from onnxslim.runtime import Session
@@ -182,3 +184,28 @@ def test_int8_comes_nearer_to_float(runtime: str) -> None:
         pairs = [[session.run(feed)["y"] for session in sessions] for feed in unseen]
         errors[equalize] = sum(np.square(got - true).sum() for true, got in pairs)
     assert errors[True] < 0.5 * errors[False]
+
+
+@pytest.mark.parametrize("enough", [0.0, 1e9])
+def test_a_few_samples_tell_that_other_scales_do_not_pay_off(monkeypatch: pytest.MonkeyPatch, enough: float) -> None:
+    b = Builder()
+    b.node("Relu", [scaled_conv(b, "x", "c1", 3, 32)], "r1")
+    scaled_conv(b, "r1", "y", 32, 8)
+    proto = b.model({"x": [1, 3, 12, 12]}, {"y": [1, 8, 12, 12]})
+    seen: list[int] = []
+
+    def counted(model, names, feeds, steps=None, *rest, **options):
+        kept = list(feeds)
+        if steps is not None and "r1" in names:
+            seen.append(len(kept))
+        return observe(model, names, kept, steps, *rest, **options)
+
+    monkeypatch.setattr(_quantizer, "observe", counted)
+    monkeypatch.setattr(_quantizer, "_MAY_PAY_OFF", enough)
+    monkeypatch.setattr(_quantizer, "_PAYS_OFF", enough)
+    monkeypatch.setattr(_quantizer, "_BATCH", 1)
+    monkeypatch.setattr(_quantizer, "_SMALL_ERROR", 0.0)
+    _, outcome = quantize(proto, images(20), only_if_faster=False)
+    assert seen == ([20, 4, 20] if enough else [20, 4])
+    assert bool(enough) == any(change.rule == "equalization" for change in outcome.changes)
+    assert bool(enough) != any("output error on held-back samples would" in each.why for each in outcome.refusals)
