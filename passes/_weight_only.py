@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from onnxslim.model import Model
     from onnxslim.passes.base import Outcome
 
-__all__ = ["quantize_stored_weights"]
+__all__ = ["MOVING", "quantize_stored_weights"]
 
 FloatArray = NDArray[np.float32]
 RULE = "weight-only int8"
@@ -44,7 +44,7 @@ _SHARED: dict[tuple[str, int], Callable[[gs.Node, int], tuple[int, ...]]] = {
 
 
 # Where a weight is cut, joined or turned before it is used: one scale a row of the last axis fits what follows.
-_MOVING = ("Slice", "Concat", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Split", "Identity")
+MOVING = ("Slice", "Concat", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Split", "Identity")
 
 
 @dataclass
@@ -90,7 +90,7 @@ def _shared_axes(use: _Use, rank: int) -> tuple[int, ...] | None:
     """The axes over which one scale is shared for this use; None when the weight must stay float."""
     if use.node.domain:
         return None
-    if use.node.op in _MOVING:
+    if use.node.op in MOVING:
         return (rank - 1,)
     rule = _SHARED.get((use.node.op, use.position))
     return rule(use.node, rank) if rule else None

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
+from onnxslim.graph.purity import is_standard
 from onnxslim.graph.walk import drop_value_info, hoist_constants, nested_graphs
 from onnxslim.passes._bias import add_to_bias, bias_of
 from onnxslim.passes._codebook import Coded, Feedback, fit, nearest, refit_values
@@ -32,6 +33,7 @@ from onnxslim.passes._refit import (
 )
 from onnxslim.passes._statistics import LinearLayer, Moments, linear_layer
 from onnxslim.passes._trunk import Trunk
+from onnxslim.passes._weight_only import MOVING
 from onnxslim.passes.base import Context, Outcome, Pass
 
 if TYPE_CHECKING:
@@ -176,7 +178,7 @@ class ShareWeights(Pass):
         seen: set[int] = set()
         for graph in nested_graphs(model.graph):
             for node in graph.nodes:
-                for index, axis in WEIGHTS.get(node.op, {}).items() if node.domain in (None, "", "ai.onnx") else ():
+                for index, axis in _weight_inputs(node, exported).items():
                     weight = node.inputs[index] if index < len(node.inputs) else None
                     if not isinstance(weight, gs.Constant):
                         if weight is not None and weight.inputs and weight.inputs[0].op == "DequantizeLinear":
@@ -307,6 +309,35 @@ class ShareWeights(Pass):
                 if error < least:
                     best, least = option, error
         return best
+
+
+def _weight_inputs(node: gs.Node, exported: set[int]) -> dict[int, int]:
+    """The inputs of a node that hold weights, and the axis that makes output channels, as in ``WEIGHTS``.
+
+    What is cut, joined or turned counts where nothing but weights comes of it; its rows then get a scale each.
+    """
+    if not is_standard(node):
+        return {}
+    if node.op in MOVING and _becomes_weight(node, exported):
+        return {index: 0 for index, tensor in enumerate(node.inputs) if isinstance(tensor, gs.Constant)}
+    return WEIGHTS.get(node.op, {})
+
+
+def _becomes_weight(node: gs.Node, exported: set[int]) -> bool:
+    """Whether the results of a node that moves elements are read, moved on or not, as weights only."""
+    stack, found = [node], False
+    while stack:
+        for tensor in stack.pop().outputs:
+            if id(tensor) in exported:
+                return False
+            for reader in tensor.outputs:
+                if is_standard(reader) and reader.op in MOVING:
+                    stack.append(reader)
+                elif any(reader.inputs[i] is tensor for i in WEIGHTS.get(reader.op, {}) if i < len(reader.inputs)):
+                    found = True
+                else:
+                    return False
+    return found
 
 
 def _recoded(coded: Coded, chosen: FloatArray, values: FloatArray) -> Coded:

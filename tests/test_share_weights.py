@@ -358,6 +358,38 @@ def test_a_weight_that_two_nodes_share_gets_one_codebook():
     assert len(model.to_proto().SerializeToString()) < w.nbytes / 5
 
 
+@pytest.mark.parametrize("seen", ["", "a sum", "an output"])
+def test_recurrent_weights_that_are_cut_and_joined_are_weights(seen):
+    """As PyTorch exports an LSTM without folding: gates put into another order, and an axis added."""
+    rng = np.random.default_rng(0)
+    weights = {name: rng.normal(size=(64, 16)).astype(np.float32) / 4 for name in ("ih", "hh")}
+    cuts = {"zero": np.array([0]), "some": np.array([32]), "all": np.array([64])}
+    nodes = []
+    for name in weights:
+        nodes += [
+            helper.make_node("Slice", [name, "zero", "some", "zero"], [f"{name}_i"]),
+            helper.make_node("Slice", [name, "some", "all", "zero"], [f"{name}_o"]),
+            helper.make_node("Concat", [f"{name}_o", f"{name}_i"], [f"{name}_c"], axis=0),
+            helper.make_node("Unsqueeze", [f"{name}_c", "zero"], [f"{name}_w"]),
+        ]
+    nodes.append(helper.make_node("LSTM", ["x", "ih_w", "hh_w"], ["y"], hidden_size=16))
+    inputs, outputs = {"x": ["t", 1, 16]}, {"y": ["t", 1, 1, 16]}
+    if seen == "a sum":
+        inputs["z"], outputs["sum"] = [64, 16], [64, 16]
+        nodes.append(helper.make_node("Add", ["z", "hh_c"], ["sum"]))
+    elif seen:
+        outputs["hh_c"] = [64, 16]
+    model = make_model(nodes, inputs, outputs, weights | cuts)
+    feed = {"x": rng.normal(size=(5, 1, 16)).astype(np.float32), "z": np.zeros((64, 16), np.float32)}
+    feed = {name: feed[name] for name in inputs}
+    before = run(model, feed)
+    outcome = ShareWeights(bits=8).run(model, Context())
+    # What is added to an input, or handed out, may be no weight.
+    assert [c.node for c in outcome.changes] == (["ih"] if seen else ["ih", "hh"])
+    for was, now in zip(before, run(model, feed), strict=True):
+        np.testing.assert_allclose(now, was, atol=0.05)
+
+
 def test_overridable_initializers_and_graph_outputs_are_left_alone():
     rng = np.random.default_rng(0)
     w = rng.normal(size=(64, 64)).astype(np.float32)
