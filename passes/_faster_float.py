@@ -33,7 +33,7 @@ _NANOSECONDS, _MICROSECONDS = 0.35, 6.0  # an element, and for the kernels that 
 _TOLLS = (0.25, 1.0, 2.0)  # times that, less in small networks: a division for each is timed
 _FASTER = 0.99  # times the latency of int8: what some layers in float have to bring it to
 _TIMINGS = 20
-_TIMING_SECONDS = 2.0
+_TIMING_SECONDS = 0.2, 2.0  # at least, at most
 _GLANCES, _CLEAR = 3, 1.25  # timings that do where even the worst of one model is that much better than any of another
 
 _Vertex = str | tuple[str, str]  # a node that may run on codes, by name; a side, or a tensor that crosses over
@@ -81,7 +81,8 @@ def median_latencies(models: Sequence[Model], feed: Mapping[str, np.ndarray]) ->
     timings = interleaved_latency(runs, repeats=_GLANCES, warmup=1, min_seconds=0.0).values()
     ordered = sorted(timings, key=lambda timing: timing.median_ms)
     if any(_CLEAR * max(a.samples_ms) > min(b.samples_ms) for a, b in itertools.pairwise(ordered)):
-        timings = interleaved_latency(runs, repeats=_TIMINGS, warmup=1, max_seconds=_TIMING_SECONDS).values()
+        least, most = _TIMING_SECONDS
+        timings = interleaved_latency(runs, repeats=_TIMINGS, warmup=1, min_seconds=least, max_seconds=most).values()
     return [timing.median_ms for timing in timings]
 
 
