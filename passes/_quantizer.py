@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import json
 import math
@@ -407,7 +408,7 @@ class Quantizer:
         plans = self._equalized(judge, split, plans)
         wanted = options.keep_float
         if isinstance(wanted, int) and wanted:
-            self.kept = self._ranked(judge, plans)[:wanted]
+            self.kept = tuple(itertools.islice(self._ranked(judge, plans), wanted))
             plans = self._judged(judge, {method: plan.ranges for method, plan in plans.items()})
         self.context.progress(75, 100)
         method, best = self._corrected_best(judge, split, plans)
@@ -488,14 +489,19 @@ class Quantizer:
         most = _MOST_LEFT * self._macs(anchors) if error < _BROKEN_ERROR else math.inf
         ranges = {method: plan.ranges for method, plan in _near(plans).items()}
         chosen: tuple[str, ...] = ()
+        last = _least(plans)
         for count in _COUNTS:
-            self.kept = ranked[:count]
-            if self._macs({name: anchors[name] for name in self.kept}) > most:
+            more = tuple(itertools.islice(ranked, count - len(self.kept)))
+            self.kept += more
+            if not more or self._macs({name: anchors[name] for name in self.kept}) > most:
                 break
             tried = self._judged(judge, ranges)
-            if _least(tried) <= _CLEARLY * _least(plans):
+            if _least(tried) >= last:
+                break  # what the few samples say that layers are tried on does not hold for others
+            last = _least(tried)
+            if last <= _CLEARLY * _least(plans):
                 plans, chosen = tried, self.kept
-                if corrected * _least(plans) < _LARGE_ERROR:
+                if corrected * last < _LARGE_ERROR:
                     break
         self.kept = chosen
         if chosen:
@@ -664,23 +670,35 @@ class Quantizer:
         trial.error = judge.error(self._emitted(trial))
         return min(plan, trial, key=lambda plan: plan.error)
 
-    def _ranked(self, judge: Judge, plans: dict[Method, _Plan]) -> tuple[str, ...]:
-        """The layers, those first that raise the output error most when they alone are quantized."""
+    def _ranked(self, judge: Judge, plans: dict[Method, _Plan]) -> Iterator[str]:
+        """The layers one by one, those first that raise the output error most when they alone are quantized.
+
+        Noise adds up: no layer of a part of the network adds more than all of it. So the worst part is halved until it
+        is a layer, and what was asked for takes a few tries, not one for each layer.
+        """
         judge = judge.strictest(_SENSITIVITY_FEEDS, self._emitted(min(plans.values(), key=lambda plan: plan.error)))
-        names = list(self._place(self.model).anchors)
-        before = self.kept
-        errors: dict[str, float] = {}
-        ranges = self._ranges("percentile")
-        started = time.monotonic()
-        for name in names:
-            if time.monotonic() - started > _SENSITIVITY_SECONDS:
-                why = f"only {len(errors)} of {len(names)} layers were tried in {_SENSITIVITY_SECONDS} s"
-                self.outcome.refuse("sensitivity", "model", why)
-                break
-            self.kept = tuple(other for other in names if other != name)
-            errors[name] = judge.error(self._emitted(_Plan(ranges)))
-        self.kept = before
-        return tuple(sorted(errors, key=lambda name: -errors[name]))
+        names = tuple(self._place(self.model).anchors)
+        plan = _Plan(self._ranges("percentile"))
+        spent = 0.0
+
+        def error(part: tuple[str, ...]) -> float:
+            alone = replace(self, kept=tuple(name for name in names if name not in part))
+            return judge.error(alone._emitted(plan))
+
+        parts = [(-math.inf, names)]
+        while parts and spent < _SENSITIVITY_SECONDS:
+            started = time.monotonic()
+            _, part = heapq.heappop(parts)
+            if len(part) == 1:
+                yield part[0]
+                continue
+            for half in (part[: len(part) // 2], part[len(part) // 2 :]):
+                heapq.heappush(parts, (-error(half), half))
+            spent += time.monotonic() - started
+        if parts:
+            left = sum(len(part) for _, part in parts)
+            why = f"{_SENSITIVITY_SECONDS} s did not do to find more of the layers that add most error: {left} are left"
+            self.outcome.refuse("sensitivity", "model", why)
 
     def _clipped(self, placement: Placement, codes: dict[str, TensorCode]) -> int:
         """How many tensors have values outside of their code."""

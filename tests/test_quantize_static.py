@@ -879,6 +879,32 @@ def test_layers_that_make_most_of_a_large_error_stay_float_by_themselves():
     assert decibels(proto, named, feeds(5)) > decibels(proto, worse, feeds(5)) + 20
 
 
+@pytest.mark.parametrize("wanted", [1, 4])
+def test_the_layers_that_add_most_error_are_found_in_a_few_tries(monkeypatch: pytest.MonkeyPatch, wanted: int):
+    b = Builder()
+    source = "x"
+    for index in range(40):
+        source = b.node("Relu", [b.conv(source, f"c{index}", 8, 8)], f"r{index}")
+    proto = b.model({"x": ["N", 8, 6, 6]}, {source: ["N", 8, 6, 6]})
+    adds = dict.fromkeys((f"c{index}" for index in range(40)), 1e-4) | {"c30": 0.4, "c7": 0.3, "c8": 0.2, "c21": 0.1}
+    tries = []
+
+    def error(judge: Judge, student: Model) -> float:
+        convolutions = (node for node in student.graph.nodes if node.op == "Conv")
+        int8 = [node.name for node in convolutions if node.inputs[1].inputs]
+        tries.append(len(int8))
+        return sum(adds[name] for name in int8)
+
+    monkeypatch.setattr(Judge, "error", error)
+    monkeypatch.setattr(Judge, "strictest", lambda judge, *_: judge)
+    options = {"equalize": False, "reconstruct": False, "bias_correction": False, "calibration": "mse"}
+    _, outcome = quantize(proto, images(4, channels=8, size=6), keep_float=wanted, **options)
+    (change,) = (change for change in outcome.changes if change.rule == "sensitivity")
+    expected = sorted(adds, key=lambda name: -adds[name])[:wanted]
+    assert change.what.endswith(f"exclude = [{', '.join(repr(name) for name in expected)}]".replace("'", '"'))
+    assert sum(count < 40 for count in tries) <= (20 if wanted == 1 else 34)
+
+
 def test_a_model_that_gives_decisions_only_is_judged_by_them():
     b = Builder()
     b.node("Relu", [b.conv("x", "c", 3, 32)], "r")
