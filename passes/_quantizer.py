@@ -411,9 +411,10 @@ class Quantizer:
             self.kept = tuple(itertools.islice(self._ranked(judge, plans), wanted))
             plans = self._judged(judge, {method: plan.ranges for method, plan in plans.items()})
         self.context.progress(75, 100)
-        method, best = self._corrected_best(judge, split, plans)
+        corrector = self._corrector(split)
+        method, best = self._corrected_best(judge, split, plans, corrector)
         if wanted == "auto" and best.error >= _LARGE_ERROR:
-            method, best = self._relieved(judge, split, plans, (method, best))
+            method, best = self._relieved(judge, split, plans, corrector, (method, best))
         if (self.kept or self.slow) and options.weight_only:
             self._store_float(judge, split, best)
         self.error = best.error
@@ -428,9 +429,10 @@ class Quantizer:
                 self.outcome.refuse(rule, "model", why)
         return best
 
-    def _corrected_best(self, judge: Judge, split: _Split, plans: dict[Method, _Plan]) -> tuple[Method, _Plan]:
+    def _corrected_best(
+        self, judge: Judge, split: _Split, plans: dict[Method, _Plan], corrector: BiasCorrector | None
+    ) -> tuple[Method, _Plan]:
         """The best of the plans with corrected biases and rounded weights, and how its ranges were chosen."""
-        corrector = self._corrector(split)
         # Corrections may turn the order of two methods round, but not where one is far worse. Few feeds tell that.
         near = _near(plans)
         first = {method: self._corrected(judge, corrector, plan, split.few) for method, plan in near.items()}
@@ -479,7 +481,12 @@ class Quantizer:
         return tried
 
     def _relieved(
-        self, judge: Judge, split: _Split, plans: dict[Method, _Plan], found: tuple[Method, _Plan]
+        self,
+        judge: Judge,
+        split: _Split,
+        plans: dict[Method, _Plan],
+        corrector: BiasCorrector | None,
+        found: tuple[Method, _Plan],
     ) -> tuple[Method, _Plan]:
         """What was found, or the same with those layers in float that add most error, where few of them are enough."""
         error = found[1].error
@@ -505,7 +512,7 @@ class Quantizer:
                     break
         self.kept = chosen
         if chosen:
-            again = self._corrected_best(judge, split, plans)
+            again = self._corrected_best(judge, split, plans, corrector)
             if again[1].error <= _CLEARLY * error:
                 return again
         self.kept = ()
@@ -665,6 +672,8 @@ class Quantizer:
             return plan
         probes: dict[str, tuple[str, str]] = {}
         probed, _ = self._written(plan, probes)
+        if not probes:
+            return plan
         found = corrector.corrections(probed, probes, most)
         trial = replace(plan, corrections={name: single(values) for name, values in found.items()})
         trial.error = judge.error(self._emitted(trial))

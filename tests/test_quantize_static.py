@@ -905,6 +905,26 @@ def test_the_layers_that_add_most_error_are_found_in_a_few_tries(monkeypatch: py
     assert sum(count < 40 for count in tries) <= (20 if wanted == 1 else 34)
 
 
+def test_biases_need_no_correction_where_all_layers_that_have_one_stay_float(monkeypatch: pytest.MonkeyPatch):
+    b = Builder()
+    b.node("Relu", [b.conv("x", "conv", 3, 32)], "r")
+    b.node("ReduceMean", ["r"], "pooled", axes=[2, 3], keepdims=0)
+    b.node("MatMul", ["pooled", b.weight("w", 32, 64)], "y")
+    proto = b.model({"x": ["N", 3, 12, 12]}, {"y": ["N", 64]})
+
+    def error(judge: Judge, student: Model) -> float:
+        int8 = {node.name for node in student.graph.nodes if node.op in ("Conv", "MatMul") and node.inputs[1].inputs}
+        return 0.4 * ("conv" in int8) + 0.01 * ("y" in int8)
+
+    monkeypatch.setattr(Judge, "error", error)
+    monkeypatch.setattr(Judge, "strictest", lambda judge, *_: judge)
+    model, outcome = quantize(proto, images(8), equalize=False)
+    (change,) = (change for change in outcome.changes if change.rule == "sensitivity")
+    assert change.what.endswith('exclude = ["conv"]')
+    assert [change.node for change in outcome.changes if "in int8: input step" in change.what] == ["y"]
+    assert decibels(proto, model, images(seed=5)) > 30
+
+
 def test_a_model_that_gives_decisions_only_is_judged_by_them():
     b = Builder()
     b.node("Relu", [b.conv("x", "c", 3, 32)], "r")
