@@ -475,10 +475,11 @@ class Emitter:
 
     def _bias(self, bias: FloatArray, scale: FloatArray) -> gs.Tensor:
         """The bias; as dequantized int32, ``scale`` ``[channels]`` or a scalar is that of the accumulator."""
+        if not self.runtime.integer_bias:
+            return gs.Constant(self.model.fresh_name(f"b{len(self._nodes)}"), np.asarray(bias, np.float32))
         codes = np.clip(np.rint(bias / scale), -(2**31) + 1, 2**31 - 1).astype(np.int32)
-        if not self.runtime.integer_bias or self.probes is not None:  # a constant there for the reason of weights
-            values = codes * scale if self.runtime.integer_bias else bias
-            return gs.Constant(self.model.fresh_name(f"b{len(self._nodes)}"), np.asarray(values, np.float32))
+        if self.probes is not None:  # as in _weight: a convolution is laid out only where its bias is constant, too
+            return gs.Constant(self.model.fresh_name(f"b{len(self._nodes)}"), np.asarray(codes * scale, np.float32))
         result = self._variable("b", np.float32)
         inputs = [
             gs.Constant(self.model.fresh_name(f"{result.name}_q"), codes),
