@@ -314,13 +314,22 @@ class ShareWeights(Pass):
 def _weight_inputs(node: gs.Node, exported: set[int]) -> dict[int, int]:
     """The inputs of a node that hold weights, and the axis that makes output channels, as in ``WEIGHTS``.
 
-    What is cut, joined or turned counts where nothing but weights comes of it; its rows then get a scale each.
+    Constants that are cut, joined or turned count where nothing but weights comes of them; their rows then get a scale
+    each.
     """
     if not is_standard(node):
         return {}
-    if node.op in MOVING and _becomes_weight(node, exported):
-        return {index: 0 for index, tensor in enumerate(node.inputs) if isinstance(tensor, gs.Constant)}
+    if node.op in MOVING and _is_moved(node) and _becomes_weight(node, exported):
+        fixed = {index: t for index, t in enumerate(node.inputs) if isinstance(t, gs.Constant)}
+        return {index: 0 for index, t in fixed.items() if np.issubdtype(t.dtype, np.floating)}
     return WEIGHTS.get(node.op, {})
+
+
+def _is_moved(node: gs.Node) -> bool:
+    """Whether a node only moves elements of constants."""
+    made = (tensor.inputs[0] for tensor in node.inputs if tensor.inputs)
+    given = any(isinstance(t, gs.Variable) and not t.inputs and not t.is_empty() for t in node.inputs)
+    return is_standard(node) and node.op in MOVING and not given and all(map(_is_moved, made))
 
 
 def _becomes_weight(node: gs.Node, exported: set[int]) -> bool:
@@ -331,7 +340,7 @@ def _becomes_weight(node: gs.Node, exported: set[int]) -> bool:
             if id(tensor) in exported:
                 return False
             for reader in tensor.outputs:
-                if is_standard(reader) and reader.op in MOVING:
+                if _is_moved(reader):
                     stack.append(reader)
                 elif any(reader.inputs[i] is tensor for i in WEIGHTS.get(reader.op, {}) if i < len(reader.inputs)):
                     found = True
