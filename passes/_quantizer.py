@@ -107,6 +107,7 @@ class Quantizer:
         data: None where a plan is applied again.
         carried: outputs that the next iteration gets, where the graph is the body of a loop.
         stored: that plan, of an earlier run; afterwards, what this run found.
+        types: dtype and rank of the tensors that shape inference knows nothing of.
         kept, precise: the layers that stay float, and those of them whose weights have to.
         stateful: why no layer of the graph is quantized, where recurrent state goes from run to run.
         slow: the layers that run faster in float, and why that is thought.
@@ -126,6 +127,7 @@ class Quantizer:
     outcome: Outcome
     stored: GraphPlan | None = None
     carried: tuple[str, ...] = ()
+    types: dict[str, tuple[np.dtype, int | None]] = field(default_factory=dict)
     observed: dict[str, Observed] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
     precise: tuple[str, ...] = ()
@@ -147,6 +149,9 @@ class Quantizer:
         reasons: dict[str, str] = {}
         if self.data is not None:
             self.stateful = self._unseen_state(next(iter(self.data)))
+            self.types = self._unknown_types(next(iter(self.data)))
+        elif self.stored is not None:
+            self.types = {name: (np.dtype(np.float32), None) for name in self.stored.tensors}
         anchors, shapes = self._anchors(self.model, reasons)
         if not anchors:
             self._refuse(self.model, reasons)
@@ -249,6 +254,7 @@ class Quantizer:
         batch = max(1, min(_BATCH, _BATCH_BYTES // max(together, 1)))
         placement = self._place(self.model)
         layers = anchors.keys() | {anchor.node.inputs[0].name for anchor in anchors.values()}  # the float ones, too
+        layers &= first.keys()
         reached = placement.reached | layers
         made = {name: (source, mapped) for name, source, mapped in placement.made_from() if name not in seen}
         watched = sorted((placement.carried | placement.fed | layers) - placement.absorbed - made.keys() - seen.keys())
@@ -276,7 +282,7 @@ class Quantizer:
 
     def _anchors(self, model: Model, reasons: dict[str, str] | None) -> tuple[dict[str, Anchor], Shapes]:
         """The Conv, Gemm and MatMul nodes of the main graph whose weight can be quantized with its input."""
-        shapes = infer_shapes(model, self.context.shapes)
+        shapes = infer_shapes(model, self.context.shapes, self.types)
         carried = self._carried(model, shapes)
         anchors: dict[str, Anchor] = {}
         for node in model.graph.nodes:
@@ -311,6 +317,19 @@ class Quantizer:
         state = node.name or node.outputs[1].name
         why = f"the state of {node.op} {state!r} goes from run to run, where small errors add up"
         return f"{why}; samples of fewer than {_SEEN_STEPS} steps do not show it"
+
+    def _unknown_types(self, feed: dict[str, np.ndarray]) -> dict[str, tuple[np.dtype, int | None]]:
+        """Dtype and rank of what shape inference does not know, as behind operators that ONNX does not define."""
+        shapes = infer_shapes(self.model, self.context.shapes)
+        made = (tensor for node in self.model.graph.nodes for tensor in node.outputs if not tensor.is_empty())
+        unknown = [tensor.name for tensor in made if shapes.dtype(tensor) is None]
+        if not unknown:
+            return {}
+        try:
+            found = Session(self.model, outputs=unknown, optimize=False).run(feed)
+        except ModelError:  # there may be no kernel for an operator, or one result of it: that stays unknown
+            return {}
+        return {name: (value.dtype, value.ndim) for name, value in found.items() if isinstance(value, np.ndarray)}
 
     def _carried(self, model: Model, shapes: Shapes) -> set[int]:
         """The nodes, by id, that numbers come from which the next iteration of a loop starts with."""

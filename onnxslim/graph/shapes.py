@@ -58,7 +58,11 @@ class Shapes:
         return [int(size) for size in shape if isinstance(size, int)]
 
 
-def infer_shapes(model: Model, fixed: Mapping[str, Sequence[int]] | None = None) -> Shapes:
+def infer_shapes(
+    model: Model,
+    fixed: Mapping[str, Sequence[int]] | None = None,
+    seen: Mapping[str, tuple[np.dtype, int | None]] | None = None,
+) -> Shapes:
     """Infer the type and shape of every tensor of the main graph and of its subgraphs.
 
     Function bodies have no shapes of their own; their tensors are unknown here.
@@ -66,6 +70,8 @@ def infer_shapes(model: Model, fixed: Mapping[str, Sequence[int]] | None = None)
     Args:
         model: left as it is.
         fixed: sizes for graph inputs, by name, taken as if the file declared them.
+        seen: dtype and rank of tensors of the main graph, by name, such as inference may know nothing of: results of
+            operators that ONNX does not define.
 
     Raises:
         RecipeError: ``fixed`` names no input of the model, or disagrees with what the input declares.
@@ -73,6 +79,12 @@ def infer_shapes(model: Model, fixed: Mapping[str, Sequence[int]] | None = None)
     skeleton = model.to_skeleton()
     if fixed:
         _fix_inputs(skeleton.graph, fixed)
+    declared = {info.name for info in (*skeleton.graph.value_info, *skeleton.graph.output)}
+    for name, (dtype, rank) in (seen or {}).items():
+        if name not in declared:
+            kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+            shape = None if rank is None else [None] * rank
+            skeleton.graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, shape))
     try:
         inferred = onnx.shape_inference.infer_shapes(skeleton, strict_mode=False, data_prop=True)
     except Exception:  # onnx raises RuntimeError subclasses and ValueError; what the file declares is still known
