@@ -100,6 +100,7 @@ class Session:
         inputs: the inputs that every feed must hold.
         optional_inputs: the inputs that a feed may hold, because the model has a default for them.
         output_names: what :meth:`run` returns, in order.
+        outputs: what ONNX Runtime knows of each before it runs; a shape of None is a scalar's, or an unknown rank.
         threads: threads inside one operator; 0: as many as there are cores.
         optimize: whether ONNX Runtime has optimised the graph.
     """
@@ -143,8 +144,8 @@ class Session:
             ranks = _declared_ranks(model)
         self.inputs = {argument.name: _spec(argument, ranks) for argument in arguments}
         self.optional_inputs = {argument.name: _spec(argument, ranks, optional=True) for argument in defaults}
-        declared = [argument.name for argument in self._session.get_outputs()]
-        self.output_names = list(dict.fromkeys(outputs)) if outputs is not None else declared
+        self.outputs = {argument.name: _spec(argument, {}) for argument in self._session.get_outputs()}
+        self.output_names = list(dict.fromkeys(outputs)) if outputs is not None else list(self.outputs)
 
     @property
     def specs(self) -> list[TensorSpec]:

@@ -149,9 +149,7 @@ class Quantizer:
         reasons: dict[str, str] = {}
         if self.data is not None:
             self.stateful = self._unseen_state(next(iter(self.data)))
-            self.types = self._unknown_types(next(iter(self.data)))
-        elif self.stored is not None:
-            self.types = {name: (np.dtype(np.float32), None) for name in self.stored.tensors}
+        self.types = self._unknown_types()
         anchors, shapes = self._anchors(self.model, reasons)
         if not anchors:
             self._refuse(self.model, reasons)
@@ -318,7 +316,7 @@ class Quantizer:
         why = f"the state of {node.op} {state!r} goes from run to run, where small errors add up"
         return f"{why}; samples of fewer than {_SEEN_STEPS} steps do not show it"
 
-    def _unknown_types(self, feed: dict[str, np.ndarray]) -> dict[str, tuple[np.dtype, int | None]]:
+    def _unknown_types(self) -> dict[str, tuple[np.dtype, int | None]]:
         """Dtype and rank of what shape inference does not know, as behind operators that ONNX does not define."""
         shapes = infer_shapes(self.model, self.context.shapes)
         made = (tensor for node in self.model.graph.nodes for tensor in node.outputs if not tensor.is_empty())
@@ -326,10 +324,11 @@ class Quantizer:
         if not unknown:
             return {}
         try:
-            found = Session(self.model, outputs=unknown, optimize=False).run(feed)
-        except ModelError:  # there may be no kernel for an operator, or one result of it: that stays unknown
+            specs = Session(self.model, outputs=unknown, optimize=False).outputs
+        except ModelError:  # there may be no kernel for an operator: what it makes stays unknown
             return {}
-        return {name: (value.dtype, value.ndim) for name, value in found.items() if isinstance(value, np.ndarray)}
+        tensors = [specs[name] for name in unknown if specs[name].kind == "tensor" and specs[name].dtype != np.void]
+        return {spec.name: (spec.dtype, None if spec.shape is None else len(spec.shape)) for spec in tensors}
 
     def _carried(self, model: Model, shapes: Shapes) -> set[int]:
         """The nodes, by id, that numbers come from which the next iteration of a loop starts with."""

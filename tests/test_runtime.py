@@ -74,6 +74,17 @@ def test_inner_tensors_can_be_fetched_in_any_order_and_twice(tmp_path):
     assert [value.name for value in proto.graph.output] == ["y"]
 
 
+def test_what_operators_of_the_runtime_make_is_known_before_they_run():
+    text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]> g (float[n, 4] x) => (int64[m] y) {
+      a = com.microsoft.Gelu(x)
+      b = Relu(a)
+      y = Shape(b)
+    }"""
+    outputs = Session(parser.parse_model(text), outputs=["b", "y"], optimize=False).outputs
+    assert outputs["b"].dtype == np.float32 and outputs["b"].shape == ["n", 4]
+    assert outputs["y"].dtype == np.int64
+
+
 def test_fetching_an_unknown_tensor_names_it():
     with pytest.raises(ModelError, match="no tensor 'nothing'"):
         Session(model(), outputs=["nothing"])
