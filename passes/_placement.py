@@ -140,8 +140,9 @@ class Placement:
         """
         for node in self.graph.nodes:
             name = node.outputs[0].name if node.outputs else ""
-            if name in self.chains and name in self.carried and self.chains[name].source.name not in self.absorbed:
-                yield name, self.chains[name].source.name, self.chains[name].of
+            chain = self.chains.get(name)
+            if chain is not None and chain.source.name not in self.absorbed:
+                yield name, chain.source.name, chain.of
             elif name in self.propagators:
                 function = _rising(node) if self.propagators[name].kind == "arithmetic" else np.asarray
                 if function is not None:

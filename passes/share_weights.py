@@ -176,9 +176,10 @@ class ShareWeights(Pass):
         """Every initializer to encode, once, in order of first use; the others with reasons."""
         exported = {id(tensor) for graph in model.graphs() for tensor in graph.outputs}
         seen: set[int] = set()
+        moved = _moved(model.graph)
         for graph in nested_graphs(model.graph):
             for node in graph.nodes:
-                for index, axis in _weight_inputs(node, exported).items():
+                for index, axis in _weight_inputs(node, moved, exported).items():
                     weight = node.inputs[index] if index < len(node.inputs) else None
                     if not isinstance(weight, gs.Constant):
                         if weight is not None and weight.inputs and weight.inputs[0].op == "DequantizeLinear":
@@ -311,28 +312,31 @@ class ShareWeights(Pass):
         return best
 
 
-def _weight_inputs(node: gs.Node, exported: set[int]) -> dict[int, int]:
+def _moved(graph: gs.Graph) -> set[int]:
+    """The nodes, by id, of a graph and its bodies that only cut, join or turn constants."""
+    found: set[int] = set()
+    for nested in nested_graphs(graph):
+        for node in nested.nodes:
+            made = (t.inputs[0] if t.inputs else None for t in node.inputs if isinstance(t, gs.Variable) and t.name)
+            if is_standard(node) and node.op in MOVING and all(id(maker) in found for maker in made):
+                found.add(id(node))
+    return found
+
+
+def _weight_inputs(node: gs.Node, moved: set[int], exported: set[int]) -> dict[int, int]:
     """The inputs of a node that hold weights, and the axis that makes output channels, as in ``WEIGHTS``.
 
-    Constants that are cut, joined or turned count where nothing but weights comes of them; their rows then get a scale
-    each.
+    What ``moved`` nodes read counts where nothing but weights comes of it; its rows then get a scale each.
     """
     if not is_standard(node):
         return {}
-    if node.op in MOVING and _is_moved(node) and _becomes_weight(node, exported):
+    if id(node) in moved and _becomes_weight(node, moved, exported):
         fixed = {index: t for index, t in enumerate(node.inputs) if isinstance(t, gs.Constant)}
         return {index: 0 for index, t in fixed.items() if np.issubdtype(t.dtype, np.floating)}
     return WEIGHTS.get(node.op, {})
 
 
-def _is_moved(node: gs.Node) -> bool:
-    """Whether a node only moves elements of constants."""
-    made = (tensor.inputs[0] for tensor in node.inputs if tensor.inputs)
-    given = any(isinstance(t, gs.Variable) and not t.inputs and not t.is_empty() for t in node.inputs)
-    return is_standard(node) and node.op in MOVING and not given and all(map(_is_moved, made))
-
-
-def _becomes_weight(node: gs.Node, exported: set[int]) -> bool:
+def _becomes_weight(node: gs.Node, moved: set[int], exported: set[int]) -> bool:
     """Whether the results of a node that moves elements are read, moved on or not, as weights only."""
     stack, found = [node], False
     while stack:
@@ -340,7 +344,7 @@ def _becomes_weight(node: gs.Node, exported: set[int]) -> bool:
             if id(tensor) in exported:
                 return False
             for reader in tensor.outputs:
-                if _is_moved(reader):
+                if id(reader) in moved:
                     stack.append(reader)
                 elif any(reader.inputs[i] is tensor for i in WEIGHTS.get(reader.op, {}) if i < len(reader.inputs)):
                     found = True
