@@ -1,13 +1,15 @@
 """Weights that are stored in int8 and computed with in float, where no integer kernel fuses.
 
 A weight becomes ``Mul(Cast(codes), scales)``: ONNX Runtime folds that when it loads the model, so speed is that of
-float32, where it would run a DequantizeLinear again at every inference. It is legal in every operator set and body. An
-embedding table is looked up in int8, and only the rows that were looked up become float. Where there are many scales or
-biases, they are stored in float16, which loses far less than int8.
+float32, where it would run a DequantizeLinear again at every inference. It is legal in every operator set and body. A
+large embedding table is looked up in int8, and only the rows that were looked up become float; with a small one, the
+kernels for that would take longer than it is worth in memory. Where there are many scales or biases, they are stored in
+float16, which loses far less than int8.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,6 +30,7 @@ FloatArray = NDArray[np.float32]
 RULE = "weight-only int8"
 _OVERHEAD = 400  # bytes of names and nodes
 _LIMIT = 127
+_LARGE_TABLE = 1 << 18  # elements
 _CAST = 100  # bytes of the node that makes float32 of scales in float16
 _HALF_RANGE = 2.0**-14, 2.0**15  # in which float16 is good to 11 bits
 _LEAST_LARGEST = 2.0**-8
@@ -76,9 +79,10 @@ def quantize_stored_weights(model: Model, skip: Callable[[gs.Node], bool], outco
         weight = weights[key]
         if len(weight.shape) < 2 or any(skip(use.node) for use in uses):
             continue
-        if all(_is_lookup(use) for use in uses):
+        lookup = all(_is_lookup(use) for use in uses)
+        if lookup and math.prod(weight.shape) >= _LARGE_TABLE:
             done += _quantize_table(model, weight, uses, outcome)
-        elif all(_shared_axes(use, len(weight.shape)) is not None for use in uses):
+        elif lookup or all(_shared_axes(use, len(weight.shape)) is not None for use in uses):
             home = owner.get(key, uses[0].graph)
             if key not in owner and any(use.graph is not home for use in uses):
                 continue
@@ -119,6 +123,12 @@ def _codes(values: FloatArray, shared: tuple[int, ...], *, halved: bool = False)
     if halved and _fits_half(scale):
         scale = scale.astype(np.float16).astype(np.float32)
     return np.clip(np.rint(values / scale), -_LIMIT, _LIMIT).astype(np.int8), scale
+
+
+def _table_codes(values: FloatArray) -> tuple[NDArray[np.int8], FloatArray]:
+    """The codes of a table with one scale a row or one a column, whichever is closer."""
+    trials = [_codes(values, shared) for shared in ((1,), (0,))]
+    return min(trials, key=lambda trial: float(np.square(trial[0] * trial[1] - values).sum()))
 
 
 def _stored_scale(model: Model, weight: gs.Constant, scale: FloatArray) -> tuple[gs.Tensor, list[gs.Node]]:
@@ -171,7 +181,8 @@ def _quantize_weight(model: Model, home: gs.Graph, weight: gs.Constant, uses: li
     if values is None:
         return 0
     first = uses[0]
-    codes, scale = _codes(values, _shared_axes(first, values.ndim) or (), halved=True)
+    shared = _shared_axes(first, values.ndim)
+    codes, scale = _table_codes(values) if shared is None else _codes(values, shared, halved=True)
     if not _saves(codes, scale):
         return 0
     stored = gs.Constant(model.fresh_name(f"{weight.name}_q"), codes)
@@ -193,14 +204,12 @@ def _quantize_weight(model: Model, home: gs.Graph, weight: gs.Constant, uses: li
 
 
 def _quantize_table(model: Model, weight: gs.Constant, uses: list[_Use], outcome: Outcome) -> int:
-    """Look codes up instead of rows; one scale a row or one a column, whichever is closer."""
+    """Look codes up instead of rows."""
     values = _finite(weight, outcome)
     if values is None:
         return 0
-    trials = [_codes(values, shared) for shared in ((1,), (0,))]
-    errors = [float(np.square(codes * scale - values).sum()) for codes, scale in trials]
-    by_row = errors[0] <= errors[1]
-    codes, scale = trials[0] if by_row else trials[1]
+    codes, scale = _table_codes(values)
+    by_row = scale.shape[1] == 1
     if not _saves(codes, scale):
         return 0
     stored = gs.Constant(model.fresh_name(f"{weight.name}_q"), codes)

@@ -46,7 +46,7 @@ class QuantizeWeights(Pass):
     of each column has a scale and a zero point: ``W = scale * (code - zero)``. Ranges of blocks are shrunk where that
     lowers the squared error. With calibration data, codes are chosen one row after another such that later rows make up
     for what earlier ones lost, given the second moments of the layer's input (GPTQ, Frantar et al. 2023); a layer keeps
-    that only where it lowers the error of its output. Embedding tables are stored in int8 and looked up row by row.
+    that only where it lowers the error of its output. Embedding tables are stored in int8.
 
     Right for transformers, whose matrix products wait for weights to come from memory; convolutions are left alone.
     ``matmul-nbits`` writes ONNX Runtime's MatMulNBits, which never unpacks a whole weight; ``dequantize`` writes

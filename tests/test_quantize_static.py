@@ -509,18 +509,24 @@ def test_many_biases_of_float_layers_are_stored_in_float16(tmp_path: Path, chann
 
 
 @pytest.mark.parametrize("outliers", ["rows", "columns"])
-def test_embedding_is_looked_up_in_int8(outliers):
+@pytest.mark.parametrize("rows", [500, 5000])
+def test_embeddings_are_stored_in_int8_and_large_ones_are_looked_up_in_it(tmp_path: Path, rows, outliers):
     b = Builder()
-    table = b.random.normal(size=(500, 64)).astype(np.float32)
-    scale = np.exp(b.random.normal(size=(500, 1) if outliers == "rows" else (1, 64))).astype(np.float32)
+    table = b.random.normal(size=(rows, 64)).astype(np.float32)
+    scale = np.exp(b.random.normal(size=(rows, 1) if outliers == "rows" else (1, 64))).astype(np.float32)
     b.node("Gather", [b.constant("table", table * scale), "ids"], "rows")
     b.node("ReduceMean", ["rows"], "y", axes=[1], keepdims=0)
     proto = b.model({"ids": ["N", "T"]}, {"y": ["N", 64]}, kinds={"ids": TensorProto.INT64})
-    feeds = [{"ids": b.random.integers(0, 500, (1, length))} for length in (3, 5, 9)]
+    feeds = [{"ids": b.random.integers(0, rows, (1, length))} for length in (3, 5, 9)]
     model, outcome = quantize(proto, feeds)
     assert decibels(proto, model, feeds) > 38
-    assert f"one scale a {outliers[:-1]}" in outcome.changes[0].what
     assert len(model.to_proto().SerializeToString()) < 0.3 * len(proto.SerializeToString())
+    kernels = fused(model, tmp_path)
+    if rows == 5000:
+        assert f"one scale a {outliers[:-1]}" in outcome.changes[0].what
+        assert kernels["Cast"] == kernels["Mul"] == 1
+    else:
+        assert kernels == {"Gather": 1, "ReduceMean": 1}
 
 
 def test_all_but_dead_channel_with_a_large_bias_does_not_overflow():
