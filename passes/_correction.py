@@ -31,6 +31,7 @@ FloatArray = NDArray[np.float64]
 Feed = dict[str, np.ndarray]
 
 _ANSWER_BYTES = 64 << 20  # of feeds and outputs kept to judge by
+_ONE_VALUE = 1e-9  # of the squares: what is left around the mean is rounding
 _LEAST_PROBABILITY = 1e-6  # below this no decision hangs on it
 
 
@@ -118,29 +119,30 @@ class Judge:
         return Judge([judge.answers[0] for judge in order[:count]], self.axes, self.fused)
 
     def error(self, student: Model) -> float:
-        """Noise over signal of the float outputs, summed over feeds and averaged over outputs."""
+        """Noise over signal of the float outputs, summed over feeds and averaged over outputs.
+
+        The signal is what varies: around a large mean, noise may drown all that an output tells and be small beside it.
+        """
         return self._error(Session(student, optimize=self.fused))
 
     def _error(self, session: Session) -> float:
-        noise: dict[str, float] = {}
-        signal: dict[str, float] = {}
+        sums: dict[str, FloatArray] = {}
         for feed, answer in self.answers:
             got = session.run(feed)
             for name, value in answer.items():
                 if got[name].shape == value.shape:
-                    off, all_of_it = self._compared(name, value, got[name])
-                    noise[name] = noise.get(name, 0.0) + off
-                    signal[name] = signal.get(name, 0.0) + all_of_it
-        ratios = [noise[name] / max(signal[name], 1e-30) for name in noise]
+                    sums[name] = sums.get(name, 0.0) + self._compared(name, value, got[name])
+        ratios = [_ratio(*total) for total in sums.values()]
         return float(np.mean(ratios)) if ratios else float("inf")
 
-    def _compared(self, name: str, value: np.ndarray, got: np.ndarray) -> tuple[float, float]:
-        """Noise and signal of one output: squares of numbers, counts of decisions."""
+    def _compared(self, name: str, value: np.ndarray, got: np.ndarray) -> FloatArray:
+        """Noise and signal of one output, as squares or counts of decisions; the sum of the signal and its size."""
         if not _is_float(value):
-            return float((got != value).sum()), float(value.size)
+            return np.array([(got != value).sum(), value.size, 0, value.size], np.float64)
         true, found = (self._seen(name, one) for one in (value, got))
         finite = np.isfinite(true)
-        return float(np.square(found[finite] - true[finite]).sum()), float(np.square(true[finite]).sum())
+        true, noise = true[finite], found[finite] - true[finite]
+        return np.array([np.square(noise).sum(), np.square(true).sum(), true.sum(), true.size])
 
     def _seen(self, name: str, value: np.ndarray) -> FloatArray:
         """What is compared of an output."""
@@ -149,6 +151,12 @@ class Judge:
             return value
         logits = np.log(np.maximum(value, _LEAST_PROBABILITY))
         return np.asarray(logits - logits.mean(axis=self.axes[name], keepdims=True), np.float64)
+
+
+def _ratio(noise: float, signal: float, total: float, size: float) -> float:
+    """Noise over what varies of a signal; over all of it where it is one value."""
+    around = signal - total**2 / max(size, 1.0)
+    return noise / max(around if around > _ONE_VALUE * signal else signal, 1e-30)
 
 
 def _probability_axis(values: list[np.ndarray]) -> int | None:

@@ -977,6 +977,25 @@ def test_a_model_that_gives_decisions_only_is_judged_by_them():
     assert judge.error(load(proto)) == 0 and judge.error(flipped) == 1
 
 
+def test_noise_is_measured_against_what_varies_of_an_output():
+    def judged(mean: float, feeds: list[dict[str, np.ndarray]]) -> float:
+        protos = []
+        for scale in (1.0, 1.1):
+            b = Builder()
+            b.node("Add", [b.node("Mul", ["x", b.constant("s", np.float32(scale))], "p"), b.weight("m", 1)], "y")
+            protos.append(b.model({"x": ["N", 10]}, {"y": ["N", 10]}))
+            protos[-1].graph.initializer[1].CopyFrom(numpy_helper.from_array(np.float32([mean]), "m"))
+        return Judge.of(load(protos[0]), feeds).error(load(protos[1]))
+
+    rng = np.random.default_rng(0)
+    feeds = [{"x": rng.normal(size=(16, 10)).astype(np.float32)} for _ in range(4)]
+    # A tenth of the deviation is off: one percent of its square, wherever the mean is.
+    for mean in (0.0, 30.0):
+        assert judged(mean, feeds) == pytest.approx(0.01, rel=0.1)
+    # Where nothing varies, the whole output is what there is.
+    assert judged(0.0, [{"x": np.full((1, 10), 3, np.float32)}]) == pytest.approx(0.01, rel=0.01)
+
+
 def test_probabilities_are_judged_by_their_logarithms():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(64, 10)).astype(np.float32) * 8
