@@ -521,7 +521,7 @@ class Quantizer:
             if not more or self._macs({name: anchors[name] for name in self.kept}) > most:
                 break
             tried = self._judged(judge, ranges)
-            if _least(tried) >= last:
+            if last <= _least(tried) < _BROKEN_ERROR:
                 break  # what the few samples say that layers are tried on does not hold for others
             last = _least(tried)
             if last <= _CLEARLY * _least(plans):

@@ -914,6 +914,35 @@ def test_the_layers_that_add_most_error_are_found_in_a_few_tries(monkeypatch: py
     assert sum(count < 40 for count in tries) <= (20 if wanted == 1 else 34)
 
 
+@pytest.mark.parametrize(
+    ("errors", "kept"),
+    [
+        # What is lost altogether is not lost less with one layer more, and found again with enough of them.
+        ({0: 1.5, 1: 1.0, 2: 1.1, 4: 0.9, 8: 0.01}, 8),
+        # Where a little is lost, a layer that does not help is none of those that add most.
+        ({0: 0.1, 1: 0.06, 2: 0.07, 4: 0.02, 8: 0.01}, 1),
+    ],
+)
+def test_more_layers_are_tried_in_float_while_all_is_lost(monkeypatch: pytest.MonkeyPatch, errors, kept):
+    b = Builder()
+    source = "x"
+    for index in range(20):
+        source = b.node("Relu", [b.conv(source, f"c{index}", 8, 8)], f"r{index}")
+    proto = b.model({"x": ["N", 8, 6, 6]}, {source: ["N", 8, 6, 6]})
+
+    def error(judge: Judge, student: Model) -> float:
+        convolutions = [node for node in student.graph.nodes if node.op == "Conv"]
+        int8 = [int(node.name[1:]) for node in convolutions if node.inputs[1].inputs]
+        return errors.get(20 - len(int8), sum(0.5**index for index in int8))
+
+    monkeypatch.setattr(Judge, "error", error)
+    monkeypatch.setattr(Judge, "strictest", lambda judge, *_: judge)
+    options = {"equalize": False, "reconstruct": False, "bias_correction": False, "calibration": "mse"}
+    _, outcome = quantize(proto, images(4, channels=8, size=6), **options)
+    (change,) = (change for change in outcome.changes if change.rule == "sensitivity")
+    assert change.what.endswith(f"exclude = {json.dumps([f'c{index}' for index in range(kept)])}")
+
+
 def test_biases_need_no_correction_where_all_layers_that_have_one_stay_float(monkeypatch: pytest.MonkeyPatch):
     b = Builder()
     b.node("Relu", [b.conv("x", "conv", 3, 32)], "r")
