@@ -66,6 +66,7 @@ _BROKEN_ERROR, _MOST_LEFT = 0.2, 0.25  # up to which error at most this share of
 _CLEARLY = 0.7  # times the error before: what leaving more layers in float has to bring it to
 _PAYS_OFF = 0.8  # times the error before: what other scales of channels have to bring it to
 _GLANCE, _MAY_PAY_OFF = 4, 0.9  # batches that are observed first, and what they have to bring it to
+_METHODS: tuple[Method, ...] = ("mse", "percentile", "minmax")  # of ranges, tried all the way through the model
 _COUNTS = (1, 2, 4, 8, 16)  # of layers that stay float
 _SENSITIVITY_SECONDS = 60
 _SENSITIVITY_FEEDS = 2
@@ -417,7 +418,7 @@ class Quantizer:
     def _plan(self, split: _Split) -> _Plan:
         """The plan with the least output error on held-back samples, and the layers that it leaves in float."""
         options = self.options
-        methods: tuple[Method, ...] = ("mse", "percentile") if options.calibration == "auto" else (options.calibration,)
+        methods: tuple[Method, ...] = _METHODS if options.calibration == "auto" else (options.calibration,)
         judged = (options.equalize, options.bias_correction, options.reconstruct, options.keep_float)
         if len(methods) == 1 and not any(judged):
             return _Plan(self._ranges(methods[0]))

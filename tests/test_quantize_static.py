@@ -888,6 +888,24 @@ def test_layers_that_make_most_of_a_large_error_stay_float_by_themselves():
     assert decibels(proto, named, feeds(5)) > decibels(proto, worse, feeds(5)) + 20
 
 
+@pytest.mark.parametrize("widest", [True, False])
+def test_ranges_are_chosen_by_the_error_that_they_lead_to(monkeypatch: pytest.MonkeyPatch, widest: bool):
+    b = Builder()
+    b.conv("x", "y", 3, 16)
+    proto = b.model({"x": ["N", 3, 24, 24]}, {"y": ["N", 16, 22, 22]})
+    feeds = [{"x": b.random.uniform(0, 1, (1, 3, 24, 24)).astype(np.float32)} for _ in range(64)]
+    feeds[0]["x"][0, 0, 0, 0] = 1.5  # the only value above one: all but minmax cut it off
+
+    def error(judge: Judge, student: Model) -> float:
+        scale = float(next(node for node in student.graph.nodes if node.op == "QuantizeLinear").inputs[1].values)
+        return abs(255 * scale - (1.5 if widest else 1.0))
+
+    monkeypatch.setattr(Judge, "error", error)
+    _, outcome = quantize(proto, feeds, keep_float=0)
+    (change,) = (change for change in outcome.changes if change.rule == "calibration")
+    assert ("by minmax" in change.what) == widest
+
+
 @pytest.mark.parametrize("wanted", [1, 4])
 def test_the_layers_that_add_most_error_are_found_in_a_few_tries(monkeypatch: pytest.MonkeyPatch, wanted: int):
     b = Builder()
