@@ -452,7 +452,8 @@ class Quantizer:
         self, judge: Judge, split: _Split, plans: dict[Method, _Plan], corrector: BiasCorrector | None
     ) -> tuple[Method, _Plan]:
         """The best of the plans with corrected biases and rounded weights, and how its ranges were chosen."""
-        # Corrections may turn the order of two methods round, but not where one is far worse. Few feeds tell that.
+        # Corrections may turn the order of two methods round, but not where one is far worse. Few feeds tell that, and
+        # whether more are worth it.
         near = _near(plans)
         first = {method: self._corrected(judge, corrector, plan, split.few) for method, plan in near.items()}
         method = min(first, key=lambda method: first[method].error)
@@ -461,7 +462,7 @@ class Quantizer:
         if rounded is not None:
             rounded.error = judge.error(self._emitted(rounded))
             found.append(self._corrected(judge, corrector, rounded))
-        if rounded is None or found[-1].error >= first[method].error:
+        if first[method].corrections and (rounded is None or found[-1].error >= first[method].error):
             found.append(self._corrected(judge, corrector, plans[method]))
         return method, min(found, key=lambda plan: plan.error)
 
