@@ -38,13 +38,16 @@ _LEAST_PROBABILITY = 1e-6  # below this no decision hangs on it
 class BiasCorrector:
     """What a float model gives on some feeds, on average: each quantized version of it is corrected towards that."""
 
-    def __init__(self, teacher: Model, placement: Placement, feeds: Callable[[], Iterable[Feed]]) -> None:
+    def __init__(
+        self, teacher: Model, placement: Placement, feeds: Callable[[], Iterable[Feed]], *, spare: bool = False
+    ) -> None:
         """Run the teacher.
 
         Args:
             teacher: the float model, changed: mean outputs are added to it.
             placement: of the teacher's graph.
             feeds: gives what to run, each time the same: a few large ones, as means are matched within each.
+            spare: hold few tensors of a feed at a time, which takes longer.
         """
         self._feeds = feeds
         sources: dict[str, str] = {}
@@ -55,7 +58,7 @@ class BiasCorrector:
                 measuring.append(channel_mean(teacher, anchor, anchor.node.outputs[0], result))
                 sources[name] = result.name
         insert_early(teacher.graph, measuring)
-        session = Session(teacher, outputs=list(sources.values()))
+        session = Session(teacher, outputs=list(sources.values()), spare=spare)
         runs = (session.run(feed) for feed in feeds())
         self._means = [detached({name: seen[source] for name, source in sources.items()}) for seen in runs]
 

@@ -101,7 +101,7 @@ def single(values: FloatArray) -> FloatArray:
 
 
 def find_equalizations(
-    model: Model, placement: Placement, feeds: Iterable[Feed], *, symmetric: bool
+    model: Model, placement: Placement, feeds: Iterable[Feed], *, symmetric: bool, spare: bool = False
 ) -> list[Equalization]:
     """Find the tensors that gain from another scale for each channel, by what the feeds hold.
 
@@ -110,9 +110,10 @@ def find_equalizations(
         placement: of the graph of ``model``.
         feeds: what to run, streamed once.
         symmetric: whether activations have a zero point of 0.
+        spare: hold few tensors of a feed at a time, which takes longer.
     """
     sites = list(_sites(model, placement))
-    seen = _statistics(model.copy(), sites, feeds)
+    seen = _statistics(model.copy(), sites, feeds, spare=spare)
     found = [_best(site, *seen[site.tensor.name], symmetric=symmetric) for site in sites]
     return [each for each in found if each is not None]
 
@@ -248,7 +249,7 @@ def _takes_shift(layer: LinearLayer, graph: gs.Graph) -> bool:
 
 
 def _statistics(
-    model: Model, sites: list[_Site], feeds: Iterable[Feed]
+    model: Model, sites: list[_Site], feeds: Iterable[Feed], *, spare: bool
 ) -> dict[str, tuple[FloatArray, FloatArray, FloatArray, FloatArray]]:
     """The least and largest value, the mean and the mean square of each channel, by name of the tensor."""
     tensors = {tensor.name: tensor for tensor in model.graph.inputs}
@@ -258,7 +259,7 @@ def _statistics(
         return {}
     insert_early(model.graph, [node for nodes in watching.values() for node in nodes])
     fetched = {name: [node.outputs[0].name for node in nodes[-4:]] for name, nodes in watching.items()}
-    session = Session(model, outputs=[name for names in fetched.values() for name in names])
+    session = Session(model, outputs=[name for names in fetched.values() for name in names], spare=spare)
     parts: dict[str, list[FloatArray]] = {name: [] for name in fetched}
     for feed in feeds:
         found = session.run(feed)

@@ -119,6 +119,7 @@ class Quantizer:
         macs, quantized: multiply-accumulates of all layers that could be in int8, and of those that are.
         error: of the outputs, on held-back samples.
         split: of the data, where that was looked at.
+        spare: whether the tensors of one sample are so large that few should be held at a time.
     """
 
     options: QuantizeStatic
@@ -144,6 +145,7 @@ class Quantizer:
     quantized: float = 0.0
     error: float | None = None
     split: _Split | None = None
+    spare: bool = False
 
     def run(self) -> None:
         """Calibrate, correct, and rewrite the model."""
@@ -261,8 +263,8 @@ class Quantizer:
         draft = self.context.draft(
             weights=weights_digest(self.model.graph), steps=steps, batch=batch, samples=data.samples
         )
-        spare, progress = together > _BATCH_BYTES, self._progress(data, 0, 60, batch)
-        found = observe(self.model, watched, data.batches(batch), steps, progress, draft, spare=spare)
+        self.spare, progress = together > _BATCH_BYTES, self._progress(data, 0, 60, batch)
+        found = observe(self.model, watched, data.batches(batch), steps, progress, draft, spare=self.spare)
         for name, entry in found.items():
             entry.elements = sizes[name]
         self.observed = {name: first[name] for name in reached} | seen | found
@@ -390,7 +392,7 @@ class Quantizer:
         def written(slow: tuple[str, ...]) -> tuple[Model, Placement]:
             return replace(self, slow=dict.fromkeys(slow, ""))._written(plan)
 
-        return faster_in_float(self.model, self._place(self.model), written, feed)
+        return faster_in_float(self.model, self._place(self.model), written, feed, spare=self.spare)
 
     def _of_few_weights(self) -> tuple[str, ...]:
         """The slow layers, those with the fewest weights first, that make a small share of all weights together."""
@@ -479,7 +481,8 @@ class Quantizer:
         if not self.options.equalize or before < _SMALL_ERROR:
             return plans
         symmetric = RUNTIMES[self.options.runtime].symmetric
-        found = find_equalizations(self.model, self._place(self.model), split.fit(), symmetric=symmetric)
+        placement = self._place(self.model)
+        found = find_equalizations(self.model, placement, split.fit(), symmetric=symmetric, spare=self.spare)
         if not found:
             self.outcome.refuse("equalization", "model", "the channels of no tensor would gain from other scales")
             return plans
@@ -684,7 +687,7 @@ class Quantizer:
         if not (self.options.bias_correction and split.honest and ops & CORRECTED):
             return None
         watched = self.model.copy()
-        return BiasCorrector(watched, self._place(watched), split.fit)
+        return BiasCorrector(watched, self._place(watched), split.fit, spare=self.spare)
 
     def _corrected(self, judge: Judge, corrector: BiasCorrector | None, plan: _Plan, most: int | None = None) -> _Plan:
         """The plan with biases corrected on so many feeds; as it is where they do not lower its error."""

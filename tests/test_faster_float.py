@@ -17,7 +17,8 @@ from test_quantize_static import Builder, decibels, fused, images, quantize, why
 from onnxslim import load
 from onnxslim.graph.shapes import infer_shapes
 from onnxslim.model import Model
-from onnxslim.passes._faster_float import cheapest_division
+from onnxslim.passes import _faster_float
+from onnxslim.passes._faster_float import cheapest_division, faster_in_float
 from onnxslim.passes._placement import Anchor, Placement
 from onnxslim.runtime import Timing
 
@@ -184,6 +185,28 @@ def test_weights_that_are_a_small_share_of_all_stay_precise(monkeypatch: pytest.
     assert isinstance(stem.inputs[1], gs.Constant) and stem.inputs[1].dtype == np.float32
     assert 0.99 < outcome.numbers["share of weights in int8"] < 1
     assert outcome.plan is not None and outcome.plan["graphs"][0]["slow"] == ["c1"]
+
+
+@pytest.mark.parametrize(("spare", "at_a_time"), [(False, [4]), (True, [2, 2, 2])])
+def test_two_models_are_timed_at_a_time_where_their_tensors_are_large(monkeypatch, spare, at_a_time):
+    model = load(network())
+    placement = placed(model)
+    divisions = {0.25: ("c1",), 1.0: ("c2",), 2.0: ("c3",)}
+    latency = {(): 1.0, ("c1",): 0.9, ("c2",): 0.7, ("c3",): 0.8}
+    timed: list[int] = []
+
+    def latencies(divided: list[tuple[str, ...]], feed: object) -> list[float]:
+        timed.append(len(divided))
+        return [latency[slow] for slow in divided]
+
+    same = {id(node): 100.0 for node in model.graph.nodes}
+    monkeypatch.setattr(_faster_float, "node_latencies", lambda *_: same)
+    monkeypatch.setattr(_faster_float, "cheapest_division", lambda *given: divisions[given[-1]])
+    monkeypatch.setattr(_faster_float, "median_latencies", latencies)
+    found = faster_in_float(model, placement, lambda slow: (slow, placement), {}, spare=spare)
+    assert (list(found), timed) == (["c2"], at_a_time)
+    latency |= dict.fromkeys(divisions.values(), 0.98)  # less than counts against int8 throughout
+    assert faster_in_float(model, placement, lambda slow: (slow, placement), {}, spare=spare) == {}
 
 
 def test_all_is_in_int8_where_float_layers_do_not_make_it_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
