@@ -1,4 +1,4 @@
-"""Padding in front of a convolution and constants behind it become its own: on codes nothing else fuses them."""
+"""Padding in front of a layer and constants behind it become its own: on codes nothing else fuses them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from onnxslim.passes._rules import Ledger, apply_rules
 from onnxslim.passes._rules_activation import hard_swish_as_product
 from onnxslim.passes._rules_affine import fold_affine
 from onnxslim.passes._rules_batchnorm import batchnorm_as_conv
+from onnxslim.passes._rules_gemm import GEMM_RULES
 from onnxslim.passes._rules_pad import PAD_RULES
 from onnxslim.passes._rules_pool import mean_as_pool
 from onnxslim.passes.base import Context, Outcome
@@ -20,14 +21,14 @@ __all__ = ["absorb"]
 
 
 def absorb(model: Model, *, spelled_out: bool) -> None:
-    """Merge Pad nodes into what reads them and scales into layers before; give what has int8 kernels their form.
+    """Merge Pad nodes into what reads them, factors and biases into layers; give what has int8 kernels their form.
 
     Args:
         model: rewritten in place.
         spelled_out: whether what runs the model has int8 kernels for the parts of a HardSwish, not for the whole.
     """
     rewriter = Rewriter(model)
-    rules = [*PAD_RULES, fold_affine, batchnorm_as_conv, mean_as_pool]
+    rules = [*PAD_RULES, *GEMM_RULES, fold_affine, batchnorm_as_conv, mean_as_pool]
     if spelled_out:
         rules.append(hard_swish_as_product)
     apply_rules(rewriter, rules, Ledger(Outcome(), Context()))

@@ -3,7 +3,8 @@
 Rules (u8 activations, s8 weights):
 
 1. Anchors are Conv, Gemm and MatMul with a constant float32 weight. Their input is quantized. A Conv always has its
-   output quantized (there is no kernel otherwise); Gemm and MatMul only where an int8 node reads it.
+   output quantized (there is no kernel otherwise); Gemm and MatMul only where an int8 node reads it, or where a Relu
+   or Clip that gives no output of the model is all that does: ONNX Runtime takes that for a part of them.
 2. A chain ``y = clip(a * x + b, lo, hi)`` with ``a > 0`` (Relu, Clip, HardSigmoid, Add, Sub, Mul and Div with a scalar)
    costs nothing: quantizing saturates, and the codes that ``x`` is written with are read with another scale and zero.
    Where something else reads ``x`` as well, its codes are clipped.
@@ -30,9 +31,20 @@ from numpy.typing import NDArray
 from onnxslim.graph.shapes import Shapes
 from onnxslim.graph.walk import constant_value, nested_graphs
 
-__all__ = ["Anchor", "Chain", "Placement", "Propagator", "anchor_obstacle", "matches", "scalar", "weight_axis"]
+__all__ = [
+    "CLAMPS",
+    "Anchor",
+    "Chain",
+    "Placement",
+    "Propagator",
+    "anchor_obstacle",
+    "matches",
+    "scalar",
+    "weight_axis",
+]
 
 ANCHORS = ("Conv", "Gemm", "MatMul")
+CLAMPS = ("Relu", "Clip")
 _SAME = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Expand", "Split", "MaxPool", "Resize")
 _HANDED_ON = (*_SAME, "Identity", "Gather", "GatherElements", "Tile", "ReduceMax", "ReduceMin")
 _MOVED = ("Pad", "DepthToSpace", "SpaceToDepth")  # not among those that ONNX Runtime turns: written on codes directly
@@ -153,9 +165,9 @@ class Placement:
     def _solve(self) -> None:
         self._inside = self._read_in_bodies()
         self.banned = self.banned | self._stuck()
-        self.anchors = {name: anchor for name, anchor in self.anchors.items() if not self._hopeless(anchor)}
         chains = self._find_chains()
         in_chain = {id(node) for chain in chains.values() for node in chain.nodes}
+        self.anchors = {name: anchor for name, anchor in self.anchors.items() if not self._hopeless(anchor, in_chain)}
         propagators = {}
         for node in self.graph.nodes:
             kind = None if id(node) in in_chain else self._kind(node)
@@ -196,9 +208,24 @@ class Placement:
                 stuck.add(tensor.name)
         return stuck
 
-    def _hopeless(self, anchor: Anchor) -> bool:
+    def _hopeless(self, anchor: Anchor, in_chain: set[int]) -> bool:
+        """Whether no kernel can be fused, given the nodes, by id, that may become parts of chains."""
         data, raw = anchor.node.inputs[0], anchor.node.outputs[0]
-        return data.name in self.banned or (self.carries and anchor.node.op == "Conv" and raw.name in self.banned)
+        if data.name in self.banned:
+            return True
+        if not self.carries or not self._needs_codes(anchor.node):
+            return False
+        if anchor.node.op != "Conv" and (id(raw) in self._outputs or id(raw.outputs[0]) not in in_chain):
+            return True
+        return raw.name in self.banned
+
+    def _needs_codes(self, node: gs.Node) -> bool:
+        """Whether a layer is computed in int8 only if its result, or what follows it, is quantized."""
+        if node.op == "Conv":
+            return True
+        users = node.outputs[0].outputs
+        clamp = node.op in ANCHORS and len(users) == 1 and users[0].op in CLAMPS
+        return clamp and id(users[0].outputs[0]) not in self._outputs
 
     def _is_float(self, tensor: gs.Tensor) -> bool:
         return self.shapes.dtype(tensor) == np.float32
@@ -306,7 +333,7 @@ class Placement:
         unwanted = set()
         for name, chain in self.chains.items():
             free = self._absorbable(chain)
-            if name not in wanted and not (free is not None and free.op == "Conv"):
+            if name not in wanted and not (free is not None and self._needs_codes(free)):
                 unwanted.add(name)
         for name, propagator in self.propagators.items():
             outputs = {tensor.name for tensor in propagator.node.outputs}

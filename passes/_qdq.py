@@ -19,7 +19,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxslim.passes._placement import Anchor, Chain, Placement, weight_axis
+from onnxslim.passes._placement import CLAMPS, Anchor, Chain, Placement, weight_axis
 from onnxslim.passes._runtimes import RUNTIMES, Runtime
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ FloatArray = NDArray[np.float64]
 CORRECTED = frozenset({"Conv", "Gemm"})  # whose bias can take a correction
 LEVELS = 255
 _ROUNDED_BETWEEN = ("Conv", "ConvTranspose", "Gemm")  # by ONNX Runtime, whose float weights it makes int8 there
-_CLAMPS = ("Relu", "Clip")
 _PASSED_BACK = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")  # by ONNX Runtime, to a MaxPool
 MIDDLE = 128  # the code that is 0 in int8
 CODE_LIMIT = 127
@@ -356,7 +355,7 @@ class Emitter:
         if node.op not in _ROUNDED_BETWEEN or node.domain or node.inputs[0].name not in self.placement.carried:
             return False
         results = list(node.outputs)
-        results += [tensor for user in node.outputs[0].outputs if user.op in _CLAMPS for tensor in user.outputs]
+        results += [tensor for user in node.outputs[0].outputs if user.op in CLAMPS for tensor in user.outputs]
         return any(tensor.name in self._written for tensor in results)
 
     def _doubled(self, tensor: gs.Tensor) -> gs.Tensor:

@@ -541,6 +541,38 @@ def test_all_but_dead_channel_with_a_large_bias_does_not_overflow():
     assert decibels(proto, model, images(seed=5)) > 28
 
 
+@pytest.mark.parametrize("product", ["Gemm", "MatMul", "MatMul and Add"])
+@pytest.mark.parametrize("low", [0.0, 0.5])
+@pytest.mark.parametrize("outputs", ["y", "h", "m y"])
+@pytest.mark.parametrize("activation", ["Relu", "Clip", "Tanh", "LeakyRelu"])
+def test_products_in_front_of_float_nodes_run_in_int8_or_in_float(tmp_path, activation, outputs, low, product):
+    """What is not fused would dequantize its weight at each inference."""
+    b = Builder()
+    weight = b.weight("w", 64, 96)
+    if product == "Gemm":
+        b.node("Gemm", ["x", weight, b.weight("c", 96)], "m")
+    elif product == "MatMul":
+        b.node("MatMul", ["x", weight], "m")
+    else:
+        b.node("Add", [b.node("MatMul", ["x", weight], "p"), b.weight("c", 96)], "m")
+    bounds = [b.constant("low", np.float32(low)), b.constant("high", np.float32(6))] if activation == "Clip" else []
+    b.node(activation, ["m", *bounds], "h")
+    if outputs != "h":
+        b.node("Softmax", ["h"], "y")
+    proto = b.model({"x": ["N", 64]}, {name: ["N", 96] for name in outputs.split()})
+    random = np.random.default_rng(0)
+    feeds = [{"x": random.normal(size=(4, 64)).astype(np.float32)} for _ in range(8)]
+    model, outcome = quantize(proto, feeds)
+    kernels = fused(model, tmp_path)
+    if outcome.numbers.get("nodes quantized"):
+        assert any(kernels[kind] for kind in ("QGemm", "MatMulIntegerToFloat", "QLinearMatMul"))
+    else:
+        assert activation in ("Relu", "Clip") and (outputs == "m y" or low > 0)
+        assert "DequantizeLinear" not in kernels
+    assert not kernels["FusedGemm"]
+    assert decibels(proto, model, feeds) > 30
+
+
 def test_gemm_factors_are_multiplied_into_weight_and_bias(tmp_path):
     b = Builder()
     inputs = ["x", b.weight("w", 64, 48), b.constant("c", np.float32(0.7))]
