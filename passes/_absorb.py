@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+import onnx_graphsurgeon as gs
 
 from onnxslim.passes._rewriter import Rewriter
 from onnxslim.passes._rules import Ledger, apply_rules
 from onnxslim.passes._rules_activation import hard_swish_as_product
 from onnxslim.passes._rules_affine import fold_affine
 from onnxslim.passes._rules_batchnorm import batchnorm_as_conv
-from onnxslim.passes._rules_gemm import GEMM_RULES
+from onnxslim.passes._rules_gemm import product_as_gemm
 from onnxslim.passes._rules_pad import PAD_RULES
 from onnxslim.passes._rules_pool import mean_as_pool
 from onnxslim.passes.base import Context, Outcome
@@ -20,15 +23,16 @@ if TYPE_CHECKING:
 __all__ = ["absorb"]
 
 
-def absorb(model: Model, *, spelled_out: bool) -> None:
+def absorb(model: Model, excluded: Callable[[gs.Node], bool], *, spelled_out: bool) -> None:
     """Merge Pad nodes into what reads them, factors and biases into layers; give what has int8 kernels their form.
 
     Args:
         model: rewritten in place.
+        excluded: whether a node is to be left alone by its name or operator, so that it must keep them.
         spelled_out: whether what runs the model has int8 kernels for the parts of a HardSwish, not for the whole.
     """
     rewriter = Rewriter(model)
-    rules = [*PAD_RULES, *GEMM_RULES, fold_affine, batchnorm_as_conv, mean_as_pool]
+    rules = [*PAD_RULES, product_as_gemm(excluded), fold_affine, batchnorm_as_conv, mean_as_pool]
     if spelled_out:
         rules.append(hard_swish_as_product)
     apply_rules(rewriter, rules, Ledger(Outcome(), Context()))

@@ -119,6 +119,7 @@ class Placement:
         carried: tensors whose producer writes codes: every reader gets the dequantized value.
         fed: tensors of float producers that are quantized for their int8 readers only.
         absorbed: raw outputs that only a chain reads: the chain's codes are written in their place.
+        unfusable: products, by output name, that stay float for what clips their result.
     """
 
     graph: gs.Graph
@@ -133,6 +134,7 @@ class Placement:
     carried: set[str] = field(default_factory=set)
     fed: set[str] = field(default_factory=set)
     absorbed: set[str] = field(default_factory=set)
+    unfusable: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._outputs = {id(tensor) for tensor in self.graph.outputs}
@@ -167,7 +169,9 @@ class Placement:
         self.banned = self.banned | self._stuck()
         chains = self._find_chains()
         in_chain = {id(node) for chain in chains.values() for node in chain.nodes}
-        self.anchors = {name: anchor for name, anchor in self.anchors.items() if not self._hopeless(anchor, in_chain)}
+        self.anchors = {name: anchor for name, anchor in self.anchors.items() if not self._hopeless(anchor)}
+        self.unfusable = {name for name, anchor in self.anchors.items() if self._unfusable(anchor.node, in_chain)}
+        self.anchors = {name: anchor for name, anchor in self.anchors.items() if name not in self.unfusable}
         propagators = {}
         for node in self.graph.nodes:
             kind = None if id(node) in in_chain else self._kind(node)
@@ -208,16 +212,16 @@ class Placement:
                 stuck.add(tensor.name)
         return stuck
 
-    def _hopeless(self, anchor: Anchor, in_chain: set[int]) -> bool:
-        """Whether no kernel can be fused, given the nodes, by id, that may become parts of chains."""
+    def _hopeless(self, anchor: Anchor) -> bool:
         data, raw = anchor.node.inputs[0], anchor.node.outputs[0]
-        if data.name in self.banned:
-            return True
-        if not self.carries or not self._needs_codes(anchor.node):
+        return data.name in self.banned or (self.carries and self._needs_codes(anchor.node) and raw.name in self.banned)
+
+    def _unfusable(self, node: gs.Node, in_chain: set[int]) -> bool:
+        """Whether what clips a product cannot be written as codes, given the nodes, by id, that may become so."""
+        if not self.carries or node.op == "Conv" or not self._needs_codes(node):
             return False
-        if anchor.node.op != "Conv" and (id(raw) in self._outputs or id(raw.outputs[0]) not in in_chain):
-            return True
-        return raw.name in self.banned
+        (raw,) = node.outputs
+        return id(raw) in self._outputs or id(raw.outputs[0]) not in in_chain
 
     def _needs_codes(self, node: gs.Node) -> bool:
         """Whether a layer is computed in int8 only if its result, or what follows it, is quantized."""

@@ -365,8 +365,8 @@ class Quantizer:
                     "it is too small to gain"
                     if name in small
                     else self.slow.get(name)
-                    or f"its input or output is not finite or reaches beyond {self.options.max_range:g},"
-                    " or what clips its output keeps kernels from being fused"
+                    or ("what clips its result keeps kernels from being fused" if name in placement.unfusable else "")
+                    or f"its input or output is not finite or reaches beyond {self.options.max_range:g}"
                 )
         return placement
 

@@ -5,7 +5,7 @@ A Gemm adds its third input by broadcasting in one direction only: what it makes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -14,7 +14,7 @@ from onnxslim.passes._match import FLOATS, inner, readable
 from onnxslim.passes._rewriter import Rewriter
 from onnxslim.passes._rules import Refused, Rule, rule
 
-__all__ = ["GEMM_RULES"]
+__all__ = ["GEMM_RULES", "product_as_gemm"]
 
 # A matrix is stored transposed anew only where nobody else reads it, or it is at most this large.
 _COPY_LIMIT = 16 * 1024
@@ -125,6 +125,27 @@ def _same_leading(g: Rewriter, source: gs.Tensor, result: gs.Tensor, rows: int, 
     if before[-1] != rows or after[-1] != columns:
         return False
     return all(size is not None and size == other for size, other in zip(before[:-1], after[:-1], strict=True))
+
+
+def product_as_gemm(excluded: Callable[[gs.Node], bool]) -> Rule:
+    """MatMul(a, b) -> Gemm(a, b) for a matrix a and a constant one b, with a bias where a constant is added to it.
+
+    ONNX Runtime makes one Gemm of a MatMul and whatever is added to it, and has none in int8 that adds a float tensor.
+    """
+
+    @rule("product-as-gemm", "MatMul", since=7)
+    def apply(g: Rewriter, node: gs.Node) -> str | None:
+        left, right = node.inputs
+        weight = g.constant(right)
+        if excluded(node) or g.rank(left) != 2 or weight is None or weight.ndim != 2 or weight.dtype != np.float32:
+            return None
+        user = g.sole_user(node.outputs[0])
+        biased = user is not None and user.op == "Add" and any(g.constant(added) is not None for added in user.inputs)
+        bias = [g.make_constant(g.scope(node), "bias", np.zeros(weight.shape[1], np.float32))] if biased else []
+        g.rewrite(node, "Gemm", {}, [left, right, *bias])
+        return "a product of two matrices"
+
+    return apply
 
 
 GEMM_RULES: tuple[Rule, ...] = (_matmul_add, _gemm_add, _transposed, _reshaped)

@@ -123,7 +123,7 @@ class QuantizeStatic(Pass):
         precise = {name for run in runs for name in (*run.precise, *run.few)}
 
         def precisely(node: gs.Node) -> bool:
-            return matches(node, self.exclude) or is_one_of(precise, node)
+            return self._excludes(node) or is_one_of(precise, node)
 
         if outcome.changes and self.timed and context.calibration is not None:
             speed = _speed(before, model, context.calibration)
@@ -173,8 +173,8 @@ class QuantizeStatic(Pass):
         if unraised:
             outcome.refuse("qdq", "model", f"{unraised}, and per-channel quantization needs {_OPSET}")
             return []
-        named = any(node.op == "HardSwish" and matches(node, self.exclude) for node in model.graph.nodes)
-        absorb(model, spelled_out=RUNTIMES[self.runtime].carries and not named)
+        named = any(node.op == "HardSwish" and self._excludes(node) for node in model.graph.nodes)
+        absorb(model, self._excludes, spelled_out=RUNTIMES[self.runtime].carries and not named)
         runs: list[Quantizer] = []
         stored = plan.of(model.graph) if plan is not None else None
         if plan is None or stored is not None:
@@ -188,6 +188,9 @@ class QuantizeStatic(Pass):
             inside = replace(context, calibration=body.calibration, shapes={}, drafts=drafts)
             runs += self._quantize(body.model, body.calibration, plan, inside, outcome, body.carried)
         return runs
+
+    def _excludes(self, node: gs.Node) -> bool:
+        return matches(node, self.exclude)
 
     @property
     def timed(self) -> bool:
