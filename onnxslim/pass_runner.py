@@ -144,8 +144,9 @@ class PassRunner:
         failed: list[str] = []
         made: set[str] = set()
         for attempts in range(1, _ATTEMPTS + 1):
-            entry = self._attempt(stage, attempt, path).model_copy(update={"attempts": attempts})
-            weaker = attempt.weaker()
+            entry, outcome = self._attempt(stage, attempt, path)
+            entry = entry.model_copy(update={"attempts": attempts})
+            weaker = attempt.weaker(outcome)
             if entry.status != "rolled back" or attempt.lossless or weaker is None:
                 break
             digest = file_sha256(path) if path.is_file() else ""
@@ -161,7 +162,7 @@ class PassRunner:
             entry = entry.model_copy(update={"reason": f"{entry.reason}. Tried before: {'; '.join(failed)}"})
         return entry
 
-    def _attempt(self, stage: Stage, pass_: Pass, path: Path) -> PassEntry:
+    def _attempt(self, stage: Stage, pass_: Pass, path: Path) -> tuple[PassEntry, Outcome]:
         """Run a pass at one strength on a copy, write the result to ``path`` and judge that file."""
         started = time.perf_counter()
 
@@ -180,7 +181,7 @@ class PassRunner:
         made = result is not None and finding.status in ("kept", "rolled back") and path.is_file()
         size = size_on_disk(stage.path)
         after = result if made and result is not None else stage.model
-        return PassEntry(
+        entry = PassEntry(
             name=pass_.name,
             options=pass_.options(),
             lossless=pass_.lossless,
@@ -202,6 +203,7 @@ class PassRunner:
             score_before=stage.score,
             score_after=finding.score,
         )
+        return entry, outcome
 
     def _make(
         self, stage: Stage, pass_: Pass, context: Context, path: Path

@@ -140,8 +140,12 @@ class Pass(BaseModel):
         """The names that ``Context.skip_rules`` may hold for this pass; none where it can leave no rule out."""
         return ()
 
-    def weaker(self) -> Pass | None:
-        """The same pass with less effect, tried when this one breaks its accuracy budget; None when there is none."""
+    def weaker(self, outcome: Outcome) -> Pass | None:
+        """The same pass with less effect, tried when this one breaks its accuracy budget; None when there is none.
+
+        Args:
+            outcome: what this one did.
+        """
         return None
 
     @property

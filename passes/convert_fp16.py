@@ -84,7 +84,7 @@ class ConvertFp16(Pass):
             outcome.refuse(RULE, model.graph.name, "it has no float32 weights that float16 can hold")
         return outcome
 
-    def weaker(self) -> ConvertFp16 | None:
+    def weaker(self, outcome: Outcome) -> ConvertFp16 | None:
         """The same with sums, powers and quotients in float32; then with all that is computed."""
         if self.compute == "float32":
             return None

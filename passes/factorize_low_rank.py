@@ -96,7 +96,7 @@ class FactorizeLowRank(Pass):
     )
     exclude: tuple[str, ...] = Field((), description="patterns (as in a shell) of node or weight names to leave alone")
 
-    def weaker(self) -> Pass | None:
+    def weaker(self, outcome: Outcome) -> Pass | None:
         """Half way from the present budget (or energy) to the whole model."""
         if self.energy is not None:
             return self.model_copy(update={"energy": (1 + self.energy) / 2}) if self.energy < 0.999 else None

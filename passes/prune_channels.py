@@ -196,7 +196,7 @@ class PruneChannels(Pass):
             outcome.refuse(_REFIT, _name(model), f"nothing was refitted: {why}")
         return tally
 
-    def weaker(self) -> PruneChannels | None:
+    def weaker(self, outcome: Outcome) -> PruneChannels | None:
         """The same with three quarters of the ratio, down to 5 %."""
         ratio = round(self.ratio * 0.75, 4)
         return self.model_copy(update={"ratio": ratio}) if ratio >= _WEAKEST else None

@@ -37,7 +37,7 @@ __all__ = ["QuantizeStatic"]
 _OPSET = 13  # the first with per-channel DequantizeLinear
 _BROADCAST_OPSET = 7  # the first in which Mul broadcasts as stored weights need it
 _KEPT_BYTES = 16 << 20  # of calibration data: read once up to here
-_FIRST_KEPT, _MOST_KEPT = 2, 32
+_KEPT = (2, 8, 32)  # layers in float, where the budget is broken
 _AS_FAST = 0.98  # times float's speed: less than this is more than noise
 
 
@@ -212,12 +212,15 @@ class QuantizeStatic(Pass):
         """The record of the plan."""
         return () if self.plan is None else (record_of(self.plan),)
 
-    def weaker(self) -> QuantizeStatic | None:
-        """The same with the layers that add most error in float: 2, 8, then 32 of them; a plan stays what it is."""
+    def weaker(self, outcome: Outcome) -> QuantizeStatic | None:
+        """The same with more of the layers that add most error in float: 2, 8 or 32; a plan stays what it is."""
         if self.plan is not None:
             return None
-        kept = _FIRST_KEPT if self.keep_float == "auto" else max(_FIRST_KEPT, 4 * self.keep_float)
-        return self.model_copy(update={"keep_float": kept}) if kept <= _MOST_KEPT else None
+        graphs = outcome.plan["graphs"] if outcome.plan else []
+        asked = 0 if self.keep_float == "auto" else self.keep_float
+        left = max((asked, *(len(graph["kept"]) for graph in graphs)))
+        more = next((count for count in _KEPT if count > left), None)
+        return None if more is None else self.model_copy(update={"keep_float": more})
 
 
 def _numbers(runs: list[Quantizer], data: Dataset | None) -> dict[str, float]:

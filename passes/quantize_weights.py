@@ -103,7 +103,7 @@ class QuantizeWeights(Pass):
         drop_value_info(model)
         return outcome
 
-    def weaker(self) -> QuantizeWeights | None:
+    def weaker(self, outcome: Outcome) -> QuantizeWeights | None:
         """The same with 8 bits."""
         return self.model_copy(update={"bits": 8}) if self.bits == 4 else None
 

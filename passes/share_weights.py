@@ -103,7 +103,7 @@ class ShareWeights(Pass):
             raise ValueError("a codebook of 1 bit is not supported; use 2 to 8, or 0 for identical tensors only")
         return value
 
-    def weaker(self) -> Pass | None:
+    def weaker(self, outcome: Outcome) -> Pass | None:
         """One bit more an index, up to 8."""
         return self.model_copy(update={"bits": self.bits + 1}) if 2 <= self.bits < 8 else None
 

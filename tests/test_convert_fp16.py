@@ -10,7 +10,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxslim.data import open_dataset
 from onnxslim.model import load
-from onnxslim.passes.base import Context
+from onnxslim.passes.base import Context, Outcome
 from onnxslim.passes.convert_fp16 import ConvertFp16
 from onnxslim.runtime import Session
 
@@ -398,7 +398,7 @@ def test_nothing_to_convert_leaves_the_model_alone():
 def test_weaker_ends_with_storage_only():
     step = ConvertFp16(keep_float=("mine",))
     steps = [step]
-    while (step := step.weaker()) is not None:
+    while (step := step.weaker(Outcome())) is not None:
         steps.append(step)
     assert ["mine" in each.keep_float for each in steps] == [True] * 3
     assert "Softmax" in steps[1].keep_float

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from onnxslim.data import open_dataset
 from onnxslim.model import Model, load
 from onnxslim.passes._ranks import choose_ranks, spectrum
-from onnxslim.passes.base import Context
+from onnxslim.passes.base import Context, Outcome
 from onnxslim.passes.factorize_low_rank import FactorizeLowRank
 from onnxslim.runtime import Session
 
@@ -422,9 +422,9 @@ def test_the_same_seed_gives_the_same_bytes():
 
 
 def test_options():
-    assert FactorizeLowRank(keep=0.5).weaker() == FactorizeLowRank(keep=0.75)
-    assert FactorizeLowRank(keep=0.95).weaker() is None
-    assert FactorizeLowRank(energy=0.9).weaker() == FactorizeLowRank(energy=0.95)
+    assert FactorizeLowRank(keep=0.5).weaker(Outcome()) == FactorizeLowRank(keep=0.75)
+    assert FactorizeLowRank(keep=0.95).weaker(Outcome()) is None
+    assert FactorizeLowRank(energy=0.9).weaker(Outcome()) == FactorizeLowRank(energy=0.95)
     for wrong in ({"keep": 0.0}, {"keep": 1.0}, {"cost": "bytes"}, {"energy": 2}, {"rank_multiple": 0}):
         with pytest.raises(ValidationError):
             FactorizeLowRank(**wrong)

@@ -85,7 +85,7 @@ class _Scale(Pass):
         outcome.change("scale", node.name, "added noise")
         return outcome
 
-    def weaker(self):
+    def weaker(self, outcome):
         return _Scale(strength=self.strength / 1000)
 
 

@@ -19,7 +19,7 @@ from onnxslim.passes._channel_scores import obs_removal, reader_moments, readers
 from onnxslim.passes._least_squares import relative_error, solve
 from onnxslim.passes._statistics import Moments, input_moments, linear_layer
 from onnxslim.passes._trunk import Trunk
-from onnxslim.passes.base import Context, Pass
+from onnxslim.passes.base import Context, Outcome, Pass
 from onnxslim.passes.factorize_low_rank import FactorizeLowRank
 from onnxslim.passes.prune_channels import PruneChannels
 from onnxslim.passes.share_weights import ShareWeights
@@ -268,7 +268,7 @@ def test_weaker_ends():
     step, ratios = PruneChannels(ratio=0.5), []
     while step is not None:
         ratios.append(step.ratio)
-        step = step.weaker()
+        step = step.weaker(Outcome())
     assert ratios == [0.5, 0.375, 0.2812, 0.2109, 0.1582, 0.1187, 0.089, 0.0668, 0.0501]
 
 

@@ -880,10 +880,17 @@ def test_two_runs_give_the_same_model():
 
 
 def test_sensitive_layers_can_be_kept_in_float():
-    milder = QuantizeStatic().weaker()
-    assert milder is not None and milder.keep_float == 2
-    last = milder.weaker().weaker()
-    assert last.keep_float == 32 and last.weaker() is None
+    def left(*layers: int) -> Outcome:
+        outcome = Outcome()
+        outcome.plan = {"graphs": [{"kept": [f"c{index}" for index in range(count)]} for count in layers]}
+        return outcome
+
+    for keep_float, outcome, more in (
+        ("auto", Outcome(), 2), ("auto", left(0), 2), ("auto", left(1, 4), 8), ("auto", left(8), 32),
+        (2, left(2), 8), (2, left(1), 8), (3, left(3), 8), (8, left(8), 32),
+    ):  # fmt: skip
+        assert QuantizeStatic(keep_float=keep_float).weaker(outcome) == QuantizeStatic(keep_float=more)
+    assert QuantizeStatic(keep_float=32).weaker(left(32)) is None
     proto = mobile_block()
     whole, _ = quantize(proto, images())
     model, outcome = quantize(proto, images(), keep_float=2)

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxslim.data import open_dataset
 from onnxslim.model import load
-from onnxslim.passes.base import Context
+from onnxslim.passes.base import Context, Outcome
 from onnxslim.passes.quantize_weights import QuantizeWeights
 from onnxslim.runtime import Session
 
@@ -199,9 +199,9 @@ def test_what_stays_float_has_a_reason():
 
 
 def test_weaker_is_eight_bits():
-    weaker = QuantizeWeights(block_size=64).weaker()
+    weaker = QuantizeWeights(block_size=64).weaker(Outcome())
     assert weaker is not None
-    assert (weaker.bits, weaker.block_size, weaker.weaker()) == (8, 64, None)
+    assert (weaker.bits, weaker.block_size, weaker.weaker(Outcome())) == (8, 64, None)
 
 
 def test_nodes_without_names():

@@ -13,7 +13,7 @@ from onnxslim.passes import _codebook
 from onnxslim.passes._codebook import Coded, Feedback, fit, kmeans, nearest
 from onnxslim.passes._packed import PLANES, CodebookWriter, Form, pack, unpack_table
 from onnxslim.passes._statistics import Moments
-from onnxslim.passes.base import Context
+from onnxslim.passes.base import Context, Outcome
 from onnxslim.passes.share_weights import ShareWeights
 from onnxslim.runtime import Session
 
@@ -557,8 +557,8 @@ def test_constant_nodes_are_weights_too_and_an_empty_model_is_refused():
 
 
 def test_options():
-    assert ShareWeights(bits=3).weaker() == ShareWeights(bits=4)
-    assert ShareWeights(bits=8).weaker() is None and ShareWeights(bits=0).weaker() is None
+    assert ShareWeights(bits=3).weaker(Outcome()) == ShareWeights(bits=4)
+    assert ShareWeights(bits=8).weaker(Outcome()) is None and ShareWeights(bits=0).weaker(Outcome()) is None
     for wrong in ({"bits": 1}, {"bits": 9}, {"scale": "row"}, {"min_elements": 0}):
         with pytest.raises(ValidationError):
             ShareWeights(**wrong)
