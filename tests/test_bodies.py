@@ -330,7 +330,7 @@ def test_passes_work_inside_of_loops(op: str, rewrite):
     assert {"hidden", "result"} & named
     if rewrite.name == "quantize-static":
         refused = {refusal.node: refusal.why for refusal in outcome.refusals}
-        assert refused["state"] == "MatMul: its result goes on to the next iteration, where small errors add up"
+        assert refused["state"] == "Gemm: its result goes on to the next iteration, where small errors add up"
         ops = [node.op for graph in net.graphs() for node in graph.nodes]
         assert ops.count("QuantizeLinear") == 2
     elif rewrite.name == "prune-channels":
