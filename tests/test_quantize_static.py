@@ -574,6 +574,28 @@ def test_products_in_front_of_float_nodes_run_in_int8_or_in_float(tmp_path, acti
     assert decibels(proto, model, feeds) > 30
 
 
+@pytest.mark.parametrize(("exclude", "quantized"), [((), 2), (("second",), 1), (("MatMul",), 0)])
+def test_products_that_are_added_up_run_in_int8(tmp_path, exclude, quantized):
+    """A recurrent cell as Keras and JAX unroll it. What is excluded keeps its name and operator."""
+    b = Builder()
+    b.node("MatMul", ["x", b.weight("w", 64, 96)], "first")
+    b.node("MatMul", ["h", b.weight("u", 96, 96)], "second")
+    b.node("Add", [b.node("Add", ["first", "second"], "sum"), b.weight("c", 96)], "biased")
+    b.node("Tanh", ["biased"], "y")
+    proto = b.model({"x": ["N", 64], "h": ["N", 96]}, {"y": ["N", 96]})
+    random = np.random.default_rng(0)
+    feeds = [
+        {name: random.normal(size=(4, size)).astype(np.float32) for name, size in (("x", 64), ("h", 96))}
+        for _ in range(8)
+    ]
+    model, outcome = quantize(proto, feeds, exclude=exclude, weight_only=False)
+    assert outcome.numbers.get("nodes quantized", 0) == quantized
+    kernels = fused(model, tmp_path)
+    assert kernels["QGemm"] == quantized and not kernels["DequantizeLinear"]
+    assert ops(model)["MatMul"] == 2 - quantized
+    assert decibels(proto, model, feeds) > 30
+
+
 def test_gemm_factors_are_multiplied_into_weight_and_bias(tmp_path):
     b = Builder()
     inputs = ["x", b.weight("w", 64, 48), b.constant("c", np.float32(0.7))]
