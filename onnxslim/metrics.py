@@ -14,6 +14,9 @@ name                    needs      value of one sample
 ``negative-mse``        labels     minus the mean squared error
 ``agreement``           original   1 where the most likely class is the original's; for many positions, their share
 ``cosine``              original   cosine of the angle to the original's outputs, mean over the float outputs
+``r2``                  original   1 - squared error / variance of the original's outputs over all samples, -10 a
+                                   sample at least, mean over the float outputs (coefficient of determination):
+                                   for single numbers, between which there is no angle
 ``sqnr``                original   10 log10(power of the original / power of the difference), in dB, within ±100,
                                    mean over the float outputs
 ``module:function``     see below  ``score(outputs, labels)``
@@ -58,6 +61,8 @@ ScoreFunction: TypeAlias = Callable[[list["Outputs"], Any], Any]
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution: two-sided 95 %
 _WORST_ERROR = -float(np.finfo(np.float32).max)
 _MAX_DB = 100.0
+_WORST_R2 = -10.0
+_ONE_NUMBER = 1e-12  # of the squares: what is left around the mean is rounding
 _NORMAL_FROM = 30
 
 
@@ -105,6 +110,7 @@ class Metric:
         name: as a recipe names it.
         needs_labels: whether it goes by labels; otherwise by the original. None for a function of the user's.
         values: one value a sample, for the built-in ones.
+        finish: makes them of what ``values`` gave for all samples, where one feed alone cannot tell.
         function: the user's function, for the others.
         output: the output that the user chose.
     """
@@ -112,6 +118,7 @@ class Metric:
     name: str
     needs_labels: bool | None
     values: Callable[[_Case], np.ndarray] | None = None
+    finish: Callable[[np.ndarray], np.ndarray] | None = None
     function: ScoreFunction | None = None
     output: str | None = None
 
@@ -164,6 +171,8 @@ def evaluate(
         values.append(found.values(_Case(outputs, expected, labels, rows, found.output, found.name)))
         done.step()
     scores = np.concatenate(values)
+    if found.finish is not None:
+        scores = found.finish(scores)
     return Score(
         metric=found.name,
         value=float(scores.mean()),
@@ -188,7 +197,7 @@ def find_metric(metric: str | ScoreFunction | None, dataset: Dataset, model: Run
     """Find a metric and try it on the first feed, so that a wrong one is known before anything else is run.
 
     Without a name: with labels ``top1``, or ``negative-mae`` for numbers; without labels ``agreement`` where the
-    outputs look like classes, ``cosine`` where not.
+    outputs look like classes, ``cosine`` where not, ``r2`` where a sample of some output is one number.
 
     Raises:
         RecipeError: there is no such metric, module or function, or none fits these outputs and labels.
@@ -204,7 +213,9 @@ def find_metric(metric: str | ScoreFunction | None, dataset: Dataset, model: Run
         assert found.values is not None
         found.values(_Case(outputs, outputs, labels, rows, found.output, found.name))
         return found
-    names = ["top1", "negative-mae"] if dataset.labels is not None else ["agreement", "cosine"]
+    names = ["top1", "negative-mae"] if dataset.labels is not None else ["agreement", "r2", "cosine"]
+    if dataset.labels is None and not _has_single_numbers(outputs, rows):
+        names.remove("r2")
     discrete = [
         name for name, value in outputs.items() if isinstance(value, np.ndarray) and value.dtype.kind in _DISCRETE
     ]
@@ -268,7 +279,7 @@ def _resolve(metric: str | ScoreFunction | Metric) -> Metric:
     name, _, output = metric.partition("@")
     if name in METRICS:
         values, needs_labels = METRICS[name]
-        return Metric(metric, needs_labels, values=values, output=output or None)
+        return Metric(metric, needs_labels, values=values, finish=_FINISH.get(name), output=output or None)
     if ":" in metric:
         return Metric(metric, None, function=_import_function(metric))
     close = difflib.get_close_matches(name, METRICS, n=1)
@@ -626,6 +637,47 @@ def _row(
     return measure(expected[finite], got[finite])
 
 
+def _has_single_numbers(outputs: Feed, rows: int) -> bool:
+    floats = (value for value in outputs.values() if isinstance(value, np.ndarray) and value.dtype.kind == "f")
+    return any(value.size == (rows if value.ndim and value.shape[0] == rows else 1) for value in floats)
+
+
+def _moments(case: _Case) -> np.ndarray:
+    """For each sample and float output: squared error, sum and sum of squares of the original, and its elements.
+
+    Shape (rows, outputs, 4). The error is infinite where the outputs cannot be compared, or only one is finite.
+    """
+    chosen = _choose(case, case.original, "f")
+    if not chosen:
+        raise RecipeError(f"the model has no float output, which {case.metric!r} needs; use agreement.")
+    rows = case.rows
+    if any(not value.ndim or value.shape[0] != rows for value in chosen.values()):
+        rows = 1
+    found = np.zeros((rows, len(chosen), 4))
+    for index, (name, value) in enumerate(chosen.items()):
+        expected = value.astype(np.float64).reshape(rows, -1)
+        other = case.outputs.get(name)
+        found[:, index, 0] = _rows(other, value, rows, lambda one, two: float(np.square(one - two).sum()), math.inf)
+        known = np.where(np.isfinite(expected), expected, 0.0)
+        found[:, index, 1:3] = np.stack([known.sum(axis=1), np.square(known).sum(axis=1)], axis=1)
+        found[:, index, 3] = np.isfinite(expected).sum(axis=1)
+    return found
+
+
+def _explained(moments: np.ndarray) -> np.ndarray:
+    """The coefficient of determination sample by sample, mean over the outputs, of what :func:`_moments` gave.
+
+    Where an output is the same number throughout, its square is what there is to compare with.
+    """
+    noise, total, squares, count = np.moveaxis(moments, 2, 0)
+    elements = np.maximum(count.sum(axis=0), 1.0)
+    power = squares.sum(axis=0) / elements
+    variance = power - np.square(total.sum(axis=0) / elements)
+    signal = np.where(variance > _ONE_NUMBER * power, variance, power)
+    error = noise / np.maximum(count, 1.0) / np.where(signal > 0, signal, 1.0)
+    return np.asarray(np.maximum(np.where(noise == 0.0, 1.0, 1.0 - error), _WORST_R2).mean(axis=1))
+
+
 def _choose(case: _Case, outputs: Feed, kinds: str) -> Feed:
     """The outputs of the wanted NumPy kinds, or the one that the user chose."""
     if case.output is not None:
@@ -644,6 +696,8 @@ METRICS: dict[str, tuple[Callable[[_Case], np.ndarray], bool]] = {
     "negative-mse": (_negative_error(np.square), True),
     "agreement": (_agreement, False),
     "cosine": (_closeness(_cosine_of, -1.0), False),
+    "r2": (_moments, False),
     "sqnr": (_closeness(_sqnr_of, -_MAX_DB), False),
 }
 """The built-in metrics: name -> values of the samples of one feed, and whether they go by labels."""
+_FINISH = {"r2": _explained}

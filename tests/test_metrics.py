@@ -73,10 +73,11 @@ def test_equal_scores_do_not_make_every_class_right():
     assert score(flat, [0, 1, 2, 3, 1]).value == 0.2
 
 
-@pytest.mark.parametrize("metric", ["top1", "agreement", "cosine", "sqnr", "negative-mae", "negative-mse"])
+@pytest.mark.parametrize("metric", ["top1", "agreement", "cosine", "r2", "sqnr", "negative-mae", "negative-mse"])
 def test_outputs_that_are_nan_are_the_worst_and_never_equal(metric):
     labels = SCORES if metric.startswith("negative") else [0, 1, 2, 3, 0]
-    worst = {"top1": 0, "agreement": 0, "cosine": -1, "sqnr": -100}.get(metric, -float(np.finfo(np.float32).max))
+    worst = {"top1": 0, "agreement": 0, "cosine": -1, "r2": -10, "sqnr": -100}
+    worst = worst.get(metric, -float(np.finfo(np.float32).max))
     assert score(nothing, labels, metric, reference=same).value == worst
     assert score(nothing, labels, metric, reference=nothing).value == worst
     half = Fake(y=lambda x: np.where(x > 5, NAN, x))
@@ -86,7 +87,7 @@ def test_outputs_that_are_nan_are_the_worst_and_never_equal(metric):
 
 def test_infinity_in_the_original_is_compared_in_place():
     masked = Fake(y=lambda x: np.where(x == 0, -np.float32("inf"), x))
-    for metric, best in (("agreement", 1), ("cosine", 1), ("sqnr", 100)):
+    for metric, best in (("agreement", 1), ("cosine", 1), ("r2", 1), ("sqnr", 100)):
         assert score(masked, metric=metric, reference=masked).value == best
     assert score(same, metric="cosine", reference=masked).value == -1
 
@@ -163,6 +164,33 @@ def test_agreement_cosine_and_sqnr_tell_models_apart():
         score(same, metric="cosine")
 
 
+def test_single_numbers_are_compared_with_their_spread():
+    """The angle between two single numbers says nothing but their signs."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(400, 1)).astype(np.float32)
+    dataset = open_dataset({"x": x}, [TensorSpec("x", np.dtype(np.float32), ["N", 1])])
+    grades = Fake(y=lambda x: 3 + x / 3)
+    found = find_metric(None, dataset, grades)
+    assert found.name == "r2"
+
+    def r2(other):
+        return evaluate(Fake(y=other), dataset, found, reference=grades)
+
+    assert r2(lambda x: 3 + x / 3).value == 1
+    # The mean of all instead of each: nothing of what varies is told, though no number is off by much.
+    mean = float(x.mean())
+    assert r2(lambda x: np.full_like(x, 3 + mean / 3)).value == pytest.approx(0, abs=0.02)
+    assert evaluate(Fake(y=lambda x: 3 + 0 * x), dataset, "cosine", reference=grades).value == 1
+    off = r2(lambda x: 3 + x / 3 + np.float32(0.1) * np.sign(x) / 3)
+    assert off.value == pytest.approx(1 - 0.01 / x.var(), abs=1e-4)
+    assert off.interval is not None and off.interval.low <= off.value <= off.interval.high
+    assert r2(lambda x: x * NAN).value == -10
+    # An output that never varies has its square to compare with.
+    three = Fake(y=lambda x: 3 + 0 * x)
+    close = evaluate(Fake(y=lambda x: 3.3 + 0 * x), dataset, "r2", reference=three)
+    assert close.value == pytest.approx(0.99, abs=1e-4)
+
+
 def test_agreement_on_sequences_of_different_length():
     tokens = Fake(y=lambda x: x[0].astype(np.int64))
     shorter = Fake(y=lambda x: x[0, :2].astype(np.int64))
@@ -208,7 +236,10 @@ def test_default_metrics():
     assert find_metric(None, data(SCORES, [0, 1, 2, 3, 0]), same).name == "top1"
     assert find_metric(None, data(SCORES, SCORES), same).name == "negative-mae"
     assert find_metric(None, data(SCORES), same).name == "agreement"
-    assert find_metric(None, data(SCORES), Fake(y=lambda x: x[:, :1])).name == "cosine"
+    assert find_metric(None, data(SCORES), Fake(y=lambda x: x[:, :1])).name == "r2"
+    assert find_metric(None, data(SCORES), Fake(y=lambda x: np.asarray(x[0, 0]))).name == "r2"
+    assert find_metric(None, data(SCORES), Fake(y=lambda x: x[:, :1], z=lambda x: x[:, None, :, None])).name == "r2"
+    assert find_metric(None, data(SCORES), Fake(z=lambda x: np.stack([x, x])[:, :, :, None])).name == "cosine"
     mixed = Fake(tokens=lambda x: x.astype(np.int64), logits=lambda x: x)
     assert find_metric(None, data(SCORES), mixed).name == "agreement@tokens"
     with pytest.raises(RecipeError, match="name one"):
