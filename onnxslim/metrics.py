@@ -237,7 +237,7 @@ def find_metric(metric: str | ScoreFunction | None, dataset: Dataset, model: Run
 def _require_labels(metric: Metric, dataset: Dataset) -> None:
     if metric.needs_labels and dataset.labels is None:
         raise DataError(
-            f"{dataset.path}: has no labels, which the metric {metric.name!r} needs; use agreement or cosine."
+            f"{dataset.path}: has no labels, which the metric {metric.name!r} needs; use agreement, cosine or r2."
         )
 
 
@@ -546,7 +546,7 @@ def _agreement(case: _Case) -> np.ndarray:
             f"outputs {', '.join(fitting)} may all be classes; choose one, such as '{case.metric}@{fitting[0]}'."
         )
     if not fitting:
-        raise RecipeError(f"no output looks like class scores, which {case.metric!r} needs; use cosine or sqnr.")
+        raise RecipeError(f"no output looks like class scores, which {case.metric!r} needs; use cosine, r2 or sqnr.")
     expected, got = _classes(case.original[fitting[0]]), _classes(case.outputs[fitting[0]])
     if expected.shape == got.shape:
         same = (expected == got) & (expected != _NO_CLASS)
