@@ -1,4 +1,4 @@
-"""Padding in front of a layer and constants behind it become its own: on codes nothing else fuses them."""
+"""Padding in front of a layer and constants behind it become its own, and copies go: on codes nothing fuses them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from onnxslim.passes._rules_activation import hard_swish_as_product
 from onnxslim.passes._rules_affine import fold_affine
 from onnxslim.passes._rules_batchnorm import batchnorm_as_conv
 from onnxslim.passes._rules_gemm import product_as_gemm
+from onnxslim.passes._rules_noop import COPY_RULES
 from onnxslim.passes._rules_pad import PAD_RULES
 from onnxslim.passes._rules_pool import mean_as_pool
 from onnxslim.passes.base import Context, Outcome
@@ -24,7 +25,7 @@ __all__ = ["absorb"]
 
 
 def absorb(model: Model, excluded: Callable[[gs.Node], bool], *, spelled_out: bool) -> None:
-    """Merge Pad nodes into what reads them, factors and biases into layers; give what has int8 kernels their form.
+    """Merge Pad nodes, factors and biases into layers, drop copies, and give what has int8 kernels their form.
 
     Args:
         model: rewritten in place.
@@ -32,7 +33,7 @@ def absorb(model: Model, excluded: Callable[[gs.Node], bool], *, spelled_out: bo
         spelled_out: whether what runs the model has int8 kernels for the parts of a HardSwish, not for the whole.
     """
     rewriter = Rewriter(model)
-    rules = [*PAD_RULES, product_as_gemm(excluded), fold_affine, batchnorm_as_conv, mean_as_pool]
+    rules = [*COPY_RULES, *PAD_RULES, product_as_gemm(excluded), fold_affine, batchnorm_as_conv, mean_as_pool]
     if spelled_out:
         rules.append(hard_swish_as_product)
     apply_rules(rewriter, rules, Ledger(Outcome(), Context()))

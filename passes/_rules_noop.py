@@ -11,7 +11,7 @@ from onnxslim.graph.symbols import Element
 from onnxslim.passes._rewriter import Rewriter
 from onnxslim.passes._rules import Refused, Rule, rule
 
-__all__ = ["NOOP_RULES"]
+__all__ = ["COPY_RULES", "NOOP_RULES"]
 
 # Slice ends are written as the largest 32- or 64-bit integer where "to the end" is meant; no dimension is that long.
 _TO_THE_END = 2**31 - 1
@@ -273,6 +273,7 @@ def _fits(shape: list[Element] | None, constant: tuple[int, ...]) -> bool:
     return all(size in (1, old) for size, old in zip(constant, met, strict=True))
 
 
+COPY_RULES: tuple[Rule, ...] = (_identity, _dropout)
 NOOP_RULES: tuple[Rule, ...] = (
     _identity,
     _dropout,

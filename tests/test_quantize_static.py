@@ -574,6 +574,20 @@ def test_products_in_front_of_float_nodes_run_in_int8_or_in_float(tmp_path, acti
     assert decibels(proto, model, feeds) > 30
 
 
+def test_copies_between_layers_keep_no_kernel_from_being_fused(tmp_path):
+    b = Builder()
+    b.node("Relu", [b.node("Gemm", ["x", b.weight("w1", 64, 96), b.weight("c1", 96)], "m1")], "h")
+    b.node("Relu", [b.node("Dropout", [b.node("Identity", ["m1"], "i1")], "d1")], "r1")
+    b.node("Gemm", ["r1", b.weight("w2", 96, 64), b.weight("c2", 64)], "y")
+    proto = b.model({"x": ["N", 64]}, {"y": ["N", 64], "h": ["N", 96]})
+    random = np.random.default_rng(0)
+    feeds = [{"x": random.normal(size=(4, 64)).astype(np.float32)} for _ in range(8)]
+    model, _ = quantize(proto, feeds)
+    kernels = fused(model, tmp_path)
+    assert kernels["QGemm"] == 2 and not kernels["Gemm"] and not kernels["FusedGemm"]
+    assert decibels(proto, model, feeds) > 30
+
+
 @pytest.mark.parametrize(("exclude", "quantized"), [((), 2), (("second",), 1), (("MatMul",), 0)])
 def test_products_that_are_added_up_run_in_int8(tmp_path, exclude, quantized):
     """A recurrent cell as Keras and JAX unroll it. What is excluded keeps its name and operator."""
