@@ -213,9 +213,10 @@ def find_metric(metric: str | ScoreFunction | None, dataset: Dataset, model: Run
         assert found.values is not None
         found.values(_Case(outputs, outputs, labels, rows, found.output, found.name))
         return found
-    names = ["top1", "negative-mae"] if dataset.labels is not None else ["agreement", "r2", "cosine"]
-    if dataset.labels is None and not _has_single_numbers(outputs, rows):
-        names.remove("r2")
+    if dataset.labels is not None:
+        names = ["top1", "negative-mae"]
+    else:
+        names = ["agreement", "r2" if _has_single_numbers(outputs, rows) else "cosine"]
     discrete = [
         name for name, value in outputs.items() if isinstance(value, np.ndarray) and value.dtype.kind in _DISCRETE
     ]
@@ -600,12 +601,7 @@ def _closeness(measure: Callable[[np.ndarray, np.ndarray], float], worst: float)
     """One value a sample: the measure of each float output against the original's, mean over the outputs."""
 
     def values(case: _Case) -> np.ndarray:
-        chosen = _choose(case, case.original, "f")
-        if not chosen:
-            raise RecipeError(f"the model has no float output, which {case.metric!r} needs; use agreement.")
-        rows = case.rows
-        if any(not value.ndim or value.shape[0] != rows for value in chosen.values()):
-            rows = 1
+        chosen, rows = _floats(case)
         per_output = [_rows(case.outputs.get(name), value, rows, measure, worst) for name, value in chosen.items()]
         return np.asarray(np.mean(per_output, axis=0))
 
@@ -637,6 +633,15 @@ def _row(
     return measure(expected[finite], got[finite])
 
 
+def _floats(case: _Case) -> tuple[Feed, int]:
+    """The float outputs of the original, and into how many samples all of them can be cut."""
+    chosen = _choose(case, case.original, "f")
+    if not chosen:
+        raise RecipeError(f"the model has no float output, which {case.metric!r} needs; use agreement.")
+    whole = any(not value.ndim or value.shape[0] != case.rows for value in chosen.values())
+    return chosen, 1 if whole else case.rows
+
+
 def _has_single_numbers(outputs: Feed, rows: int) -> bool:
     floats = (value for value in outputs.values() if isinstance(value, np.ndarray) and value.dtype.kind == "f")
     return any(value.size == (rows if value.ndim and value.shape[0] == rows else 1) for value in floats)
@@ -647,12 +652,7 @@ def _moments(case: _Case) -> np.ndarray:
 
     Shape (rows, outputs, 4). The error is infinite where the outputs cannot be compared, or only one is finite.
     """
-    chosen = _choose(case, case.original, "f")
-    if not chosen:
-        raise RecipeError(f"the model has no float output, which {case.metric!r} needs; use agreement.")
-    rows = case.rows
-    if any(not value.ndim or value.shape[0] != rows for value in chosen.values()):
-        rows = 1
+    chosen, rows = _floats(case)
     found = np.zeros((rows, len(chosen), 4))
     for index, (name, value) in enumerate(chosen.items()):
         expected = value.astype(np.float64).reshape(rows, -1)

@@ -73,10 +73,13 @@ def faster_in_float(
     if not choices:
         return {}
     best: tuple[str, ...] = ()
+    fastest = int8
     for rivals in [[choice] for choice in choices] if spare else [choices]:
-        defending, *taken = median_latencies([written(slow)[0] for slow in (best, *rivals)], feed)
+        models = [fastest, *(written(slow)[0] for slow in rivals)]
+        defending, *taken = median_latencies(models, feed)
         if min(taken) <= (defending if best else _FASTER * defending):
-            best = rivals[int(np.argmin(taken))]
+            winner = int(np.argmin(taken))
+            best, fastest = rivals[winner], models[1 + winner]
     return {name: _compared(in_float[name], in_int8[name]) for name in best}
 
 

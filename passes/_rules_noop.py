@@ -275,8 +275,7 @@ def _fits(shape: list[Element] | None, constant: tuple[int, ...]) -> bool:
 
 COPY_RULES: tuple[Rule, ...] = (_identity, _dropout)
 NOOP_RULES: tuple[Rule, ...] = (
-    _identity,
-    _dropout,
+    *COPY_RULES,
     _cast,
     _transpose,
     _same_shape,
