@@ -52,7 +52,7 @@ from onnxslim.model import Model
 from onnxslim.record import Interval, Score
 from onnxslim.runtime import Feed, ModelSource, Runner, Session
 
-__all__ = ["METRICS", "Metric", "Outputs", "drop", "evaluate", "find_metric", "wilson"]
+__all__ = ["METRICS", "Metric", "Outputs", "drop", "evaluate", "find_metric", "varying", "wilson"]
 
 logger = logging.getLogger(__name__)
 
@@ -664,16 +664,23 @@ def _moments(case: _Case) -> np.ndarray:
     return found
 
 
-def _explained(moments: np.ndarray) -> np.ndarray:
-    """The coefficient of determination sample by sample, mean over the outputs, of what :func:`_moments` gave.
+def varying(squares: np.ndarray, total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """What numbers tell: the sum of their squares around the mean; of all of it where they are one number throughout.
 
-    Where an output is the same number throughout, its square is what there is to compare with.
+    Args:
+        squares: sums of squares.
+        total: sums, of the same numbers.
+        count: how many numbers.
     """
+    around = squares - np.square(total) / np.maximum(count, 1.0)
+    return np.where(around > _ONE_NUMBER * squares, around, squares)
+
+
+def _explained(moments: np.ndarray) -> np.ndarray:
+    """The coefficient of determination sample by sample, mean over the outputs, of what :func:`_moments` gave."""
     noise, total, squares, count = np.moveaxis(moments, 2, 0)
-    elements = np.maximum(count.sum(axis=0), 1.0)
-    power = squares.sum(axis=0) / elements
-    variance = power - np.square(total.sum(axis=0) / elements)
-    signal = np.where(variance > _ONE_NUMBER * power, variance, power)
+    elements = count.sum(axis=0)
+    signal = varying(squares.sum(axis=0), total.sum(axis=0), elements) / np.maximum(elements, 1.0)
     error = noise / np.maximum(count, 1.0) / np.where(signal > 0, signal, 1.0)
     return np.asarray(np.maximum(np.where(noise == 0.0, 1.0, 1.0 - error), _WORST_R2).mean(axis=1))
 

@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxslim.graph.walk import insert_early
+from onnxslim.metrics import varying
 from onnxslim.passes._qdq import CORRECTED, channel_mean
 from onnxslim.runtime import Session, detached
 
@@ -31,7 +32,6 @@ FloatArray = NDArray[np.float64]
 Feed = dict[str, np.ndarray]
 
 _ANSWER_BYTES = 64 << 20  # of feeds and outputs kept to judge by
-_ONE_VALUE = 1e-9  # of the squares: what is left around the mean is rounding
 _LEAST_PROBABILITY = 1e-6  # below this no decision hangs on it
 
 
@@ -135,11 +135,14 @@ class Judge:
             for name, value in answer.items():
                 if got[name].shape == value.shape:
                     sums[name] = sums.get(name, 0.0) + self._compared(name, value, got[name])
-        ratios = [_ratio(*total) for total in sums.values()]
+        ratios = [noise / max(float(varying(*signal)), 1e-30) for noise, *signal in sums.values()]
         return float(np.mean(ratios)) if ratios else float("inf")
 
     def _compared(self, name: str, value: np.ndarray, got: np.ndarray) -> FloatArray:
-        """Noise and signal of one output, as squares or counts of decisions; the sum of the signal and its size."""
+        """Noise and signal of one output, as squares or counts of decisions; the sum of the signal and its size.
+
+        Decisions have no mean: their sum is none, so that all of them are signal.
+        """
         if not _is_float(value):
             return np.array([(got != value).sum(), value.size, 0, value.size], np.float64)
         true, found = (self._seen(name, one) for one in (value, got))
@@ -154,12 +157,6 @@ class Judge:
             return value
         logits = np.log(np.maximum(value, _LEAST_PROBABILITY))
         return np.asarray(logits - logits.mean(axis=self.axes[name], keepdims=True), np.float64)
-
-
-def _ratio(noise: float, signal: float, total: float, size: float) -> float:
-    """Noise over what varies of a signal; over all of it where it is one value."""
-    around = signal - total**2 / max(size, 1.0)
-    return noise / max(around if around > _ONE_VALUE * signal else signal, 1e-30)
 
 
 def _probability_axis(values: list[np.ndarray]) -> int | None:
