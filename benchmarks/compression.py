@@ -31,7 +31,10 @@ from processes import run_measured
 
 from onnxslim.measure import snapshot
 
-_PEERS = {"onnxsim": ("onnxsim==0.8.1",)}
+_PEERS = {
+    "onnxsim": ("onnxsim==0.8.1",),
+    "torch-pruning": ("torch-pruning==1.6.1", "onnx2torch==1.5.15", "torch", "torchvision"),
+}
 _CURVE = tuple(f"prune={percent / 100}" for percent in (5, 10, 20, 30, 40, 50, 60))
 _HEAD = (
     "| pair | steps | tool | fp32 | score | agree | MACs | parameters | file | speed | CPU s | s | peak MB |\n"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,65 @@ def onnxsim(source: str, target: str, folder: str, steps: list[tuple[str, float]
     onnx.save(apply_pruning_finetune(dense, pruned, calibration_data=samples), target)
 
 
+def torch_pruning(source: str, target: str, folder: str, steps: list[tuple[str, float]]) -> None:
+    """Torch-Pruning on what onnx2torch makes of the file: the coupled channels of least magnitude, its default.
+
+    No fine-tuning, as that needs labels. What makes an output of the model is to keep all of its channels, which
+    Torch-Pruning leaves to its user to say.
+    """
+    import onnx
+    import torch
+    import torch_pruning as tp
+    from onnx2torch import convert
+
+    ((name, amount),) = steps
+    if name != "prune":
+        raise ValueError(f"Torch-Pruning has no {name}")
+    dense = onnx.load(source)
+    network = convert(dense).eval()
+    stored = {tensor.name for tensor in dense.graph.initializer}
+    inputs, outputs = [tensor for tensor in dense.graph.input if tensor.name not in stored], list(dense.graph.output)
+    feed = next(_feeds(folder))
+    example = tuple(torch.from_numpy(feed[tensor.name]) for tensor in inputs)
+    importance = tp.importance.GroupMagnitudeImportance(p=2)
+    tp.pruner.BasePruner(
+        network, example, importance, pruning_ratio=amount, ignored_layers=_last_layers(network)
+    ).step()
+    torch.onnx.export(
+        network,
+        example,
+        target,
+        input_names=[tensor.name for tensor in inputs],
+        output_names=[tensor.name for tensor in outputs],
+        dynamic_axes={tensor.name: _free_axes(tensor) for tensor in (*inputs, *outputs)},
+        dynamo=False,
+    )
+
+
+def _last_layers(network: Any) -> list[Any]:
+    """The modules with weights behind which there are none on the way to an output."""
+    modules, waiting, seen, found = dict(network.named_modules()), [], set(), []
+    waiting.extend(next(node for node in network.graph.nodes if node.op == "output").all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        module = modules.get(node.target) if node.op == "call_module" else None
+        if module is not None and getattr(module, "weight", None) is not None:
+            found.append(module)
+        else:
+            waiting.extend(node.all_input_nodes)
+    return found
+
+
+def _free_axes(tensor: Any) -> dict[int, str]:
+    sizes = enumerate(tensor.type.tensor_type.shape.dim)
+    return {axis: size.dim_param or f"{tensor.name}_{axis}" for axis, size in sizes if not size.HasField("dim_value")}
+
+
 if __name__ == "__main__":
     tool, model, result, data, said = sys.argv[1:]
     wanted = [(name, float(amount)) for name, _, amount in (step.partition("=") for step in said.split(","))]
-    {"ours": ours, "onnxsim": onnxsim}[tool](model, result, data, wanted)
+    tools = {"ours": ours, "onnxsim": onnxsim, "torch-pruning": torch_pruning}
+    tools[tool](model, result, data, wanted)
