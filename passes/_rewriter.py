@@ -572,12 +572,12 @@ class Rewriter:
             self._queue.append(node)
 
     def refine(self) -> bool:
-        """Learn ranks again from the nodes that are left; whether anything was learned, and nodes were woken."""
+        """Learn shapes again from the nodes that are left; whether anything was learned, and nodes were woken."""
         learned = []
         for scope in self.scopes:
             alive = [node for node in scope.graph.nodes if self.is_alive(node)]
             read = [node for node in alive if not all(self.is_unused(tensor) for tensor in node.outputs)]
-            learned += self.facts.require_ranks(read)
+            learned += self.facts.require_shapes(read)
         for tensor in learned:
             for node in (*tensor.inputs, *tensor.outputs):
                 self._touch(node)

@@ -13,6 +13,7 @@ from rewriting import parse
 
 from onnxslim import load
 from onnxslim.graph.facts import Fact, Facts
+from onnxslim.graph.shapes import infer_shapes
 from onnxslim.graph.symbols import (
     Element,
     Symbol,
@@ -138,6 +139,22 @@ def test_an_expand_by_minus_one_as_torch_writes_it_is_seen_through():
         e = Equal(t, minus) w = Where(e, ones, t) y = Expand(x, w)
     }"""
     assert fact_of(text, "y").shape == (symbol("n"), 4)
+
+
+def test_a_size_is_learned_from_the_layer_that_takes_no_other():
+    text = """g (float[n, m] x, float[k, 6] w, float[3, 5, 1, 1] v) => (float[a, b] y, float[c, d, e, f] z) {
+        where = NonZero(x) s = Shape(where) t = Cast<to = 1>(where) a = Transpose(t) y = MatMul(a, w)
+        four = Constant<value = int64[4] {1, -1, 2, 2}>() r = Reshape(x, four) z = Conv<group = 1>(r, v)
+    }"""
+    model = load(parse(text))
+    facts = Facts(model)
+    nodes = list(model.graph.nodes)
+    made = {tensor.name: tensor for node in nodes for tensor in node.outputs}
+    assert not isinstance(facts.of(made["r"]).shape[1], int)
+    assert made["r"] in facts.require_shapes(nodes)
+    assert facts.of(made["r"]).shape == (1, 5, 2, 2)
+    assert facts.require_shapes(nodes) == []  # nothing is learned twice
+    assert infer_shapes(model).shape(made["r"]) == [1, 5, 2, 2]
 
 
 def test_declared_sizes_of_inner_tensors_are_not_believed():

@@ -80,8 +80,8 @@ class Facts:
         for function in model.graph.functions:
             self._enter(function, function.opset or model.opset)
 
-    def require_ranks(self, nodes: Sequence[gs.Node]) -> list[gs.Tensor]:
-        """Learn unknown ranks from the nodes of one graph that run on no other: where they ran, it was that rank.
+    def require_shapes(self, nodes: Sequence[gs.Node]) -> list[gs.Tensor]:
+        """Learn ranks and sizes from the nodes of one graph: where they ran, their inputs were of a shape they take.
 
         When one node of a graph runs, all of them do, so this holds wherever the tensor is read.
 
@@ -96,34 +96,39 @@ class Facts:
         for node in reversed(nodes):
             if not is_standard(node):
                 continue
-            for tensor, rank in self._ranks_wanted(node):
-                if id(tensor) in own and self.of(tensor).shape is None and not self.of(tensor).sequence:
-                    fact = self.of(tensor)
-                    self._set(tensor, replace(fact, shape=tuple(fresh() for _ in range(rank))))
+            for tensor, shape in self._shapes_wanted(node):
+                fact = self.of(tensor)
+                if id(tensor) in own and not fact.sequence and self.learn(tensor, replace(fact, shape=shape)):
                     learned.append(tensor)
         return learned
 
-    def _ranks_wanted(self, node: gs.Node) -> Iterator[tuple[gs.Tensor, int]]:
+    def _shapes_wanted(self, node: gs.Node) -> Iterator[tuple[gs.Tensor, Shape]]:
         result = self.of(node.outputs[0]).shape if node.outputs else None
         if node.op in ("LSTM", "GRU", "RNN"):
-            yield from ((node.inputs[index], 3) for index in (0, 5, 6) if index < len(node.inputs))
+            yield from ((node.inputs[index], _of_rank(3)) for index in (0, 5, 6) if index < len(node.inputs))
         elif node.op in ("Conv", "ConvTranspose") and len(node.inputs) > 1:
             weight = self.of(node.inputs[1]).shape
             if weight is not None:
-                yield node.inputs[0], len(weight)
+                of_group = weight[1 if node.op == "Conv" else 0]
+                channels = of_group * int(node.attrs.get("group", 1)) if node.op == "Conv" else of_group
+                yield node.inputs[0], (fresh(), channels, *_of_rank(len(weight) - 2))
         elif node.op == "Gemm":
-            yield from ((tensor, 2) for tensor in node.inputs[:2])
+            yield from ((tensor, _of_rank(2)) for tensor in node.inputs[:2])
+        elif node.op == "MatMul":
+            left, right = (self.of(tensor).shape for tensor in node.inputs)
+            if left and right:
+                yield node.inputs[0], (*left[:-1], right[-2] if len(right) > 1 else right[0])
         elif node.op == "Transpose" and isinstance(node.attrs.get("perm"), list):
-            yield node.inputs[0], len(node.attrs["perm"])
+            yield node.inputs[0], _of_rank(len(node.attrs["perm"]))
         elif node.op in ("Squeeze", "Unsqueeze") and result is not None:
             from onnxslim.graph.fact_rules import fixed_integers
 
             axes = fixed_integers(self, node, 1, "axes")
             rank = len(result) + (len(axes or ()) if node.op == "Squeeze" else -len(axes or ()))
             if axes and rank >= 0:
-                yield node.inputs[0], rank
+                yield node.inputs[0], _of_rank(rank)
         elif node.op in ("Relu", "Sigmoid", "Tanh", "Identity", "Cast", "Softmax") and result is not None:
-            yield node.inputs[0], len(result)
+            yield node.inputs[0], _of_rank(len(result))
 
     def _enter(self, graph: gs.Graph, opset: int) -> None:
         for node in graph.nodes:
@@ -367,6 +372,10 @@ def _from_type(kind: onnx.TypeProto | None, names: dict[str, Element]) -> Fact:
         else:
             shape.append(names.get(dim.dim_param) if dim.dim_param else None)
     return Fact(dtype, tuple(fresh() if size is None else size for size in shape))
+
+
+def _of_rank(rank: int) -> Shape:
+    return tuple(fresh() for _ in range(rank))
 
 
 def _better(old: Element, new: Element) -> bool:

@@ -1,4 +1,4 @@
-"""Types and shapes of every tensor, by ONNX shape inference on a weightless copy."""
+"""Types and shapes of every tensor, by ONNX shape inference on a weightless copy and by our facts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.function import Function
 
 from onnxslim.errors import RecipeError
+from onnxslim.graph.facts import Facts
+from onnxslim.graph.symbols import Element
 from onnxslim.model import Model
 from onnxslim.tensors import declared_type
 
@@ -91,8 +93,30 @@ def infer_shapes(
         inferred = skeleton
     known: dict[int, tuple[np.dtype | None, Shape | None]] = {}
     keep: list[gs.Tensor] = []
-    _match(model.graph, inferred.graph, known, keep)
+    facts = Facts(model)
+    if facts.require_shapes(_read(model.graph)):
+        for node in model.graph.nodes:
+            facts.infer(node)
+    _match(model.graph, inferred.graph, facts, known, keep)
     return Shapes(known, keep)
+
+
+def _read(graph: gs.Graph) -> list[gs.Node]:
+    """The nodes of a graph that a runtime runs for its outputs or its bodies, in order."""
+    outputs, own, read = {id(tensor) for tensor in graph.outputs}, {id(node) for node in graph.nodes}, set()
+    for node in reversed(graph.nodes):
+        users = [id(user) for tensor in node.outputs for user in tensor.outputs]
+        if any(id(tensor) in outputs for tensor in node.outputs) or any(u in read or u not in own for u in users):
+            read.add(id(node))
+    return [node for node in graph.nodes if id(node) in read]
+
+
+def _better_known(shape: Shape | None, fact: Sequence[Element] | None) -> Shape | None:
+    """What inference and facts say of a shape: facts follow sizes through arithmetic, where inference gives up."""
+    if fact is None or (shape is not None and len(shape) != len(fact)):
+        return shape
+    inferred = shape if shape is not None else [None] * len(fact)
+    return [known if isinstance(known, int) else size for size, known in zip(inferred, fact, strict=True)]
 
 
 def input_shape(declared: Sequence[int | str | None], wanted: Sequence[int], name: str) -> list[int]:
@@ -129,6 +153,7 @@ def _fix_inputs(graph: onnx.GraphProto, fixed: Mapping[str, Sequence[int]]) -> N
 def _match(
     graph: gs.Graph,
     proto: onnx.GraphProto,
+    facts: Facts,
     known: dict[int, tuple[np.dtype | None, Shape | None]],
     keep: list[gs.Tensor],
 ) -> None:
@@ -136,8 +161,12 @@ def _match(
     infos = {info.name: info for field in (proto.value_info, proto.output, proto.input) for info in field}
 
     def note(tensor: gs.Tensor) -> None:
-        if isinstance(tensor, gs.Variable) and not tensor.is_empty() and tensor.name in infos:
-            known[id(tensor)] = declared_type(infos[tensor.name])
+        if isinstance(tensor, gs.Variable) and not tensor.is_empty():
+            dtype, shape = declared_type(infos[tensor.name]) if tensor.name in infos else (None, None)
+            fact = facts.of(tensor)
+            if dtype is None and not fact.sequence:
+                dtype = fact.dtype
+            known[id(tensor)] = dtype, _better_known(shape, fact.shape)
             keep.append(tensor)
 
     for tensor in graph.inputs:
@@ -152,4 +181,4 @@ def _match(
             bodies = {attribute.name: attribute.g for attribute in node_proto.attribute}
             for name, value in node.attrs.items():
                 if isinstance(value, gs.Graph) and not isinstance(value, Function):
-                    _match(value, bodies[name], known, keep)
+                    _match(value, bodies[name], facts, known, keep)
