@@ -322,11 +322,138 @@ def gru() -> Net:
     return net
 
 
+def packed_attention() -> Net:
+    """Query, key and value from one product, taken apart by position: how vision transformers are exported."""
+    net = Net(("x", ["N", 6, 16]))
+    y = net.op("Add", net.op("MatMul", "x", net.w(16, 3 * 4 * 8)), net.w(3 * 4 * 8))
+    y = net.op("Reshape", y, net.const(np.array([0, 6, 3, 4, 8])))
+    y = net.op("Transpose", y, perm=[2, 0, 3, 1, 4])
+    query, key = (net.op("Gather", y, net.const(np.array(n)), axis=0) for n in range(2))
+    ends = (net.const(np.array([n])) for n in (2, 3, 0))
+    value = net.op("Squeeze", net.op("Slice", y, *ends), net.const(np.array([0])))
+    scores = net.op("MatMul", query, net.op("Transpose", key, perm=[0, 1, 3, 2]))
+    y = net.op("MatMul", net.op("Softmax", scores, axis=-1), value)
+    y = net.op("Reshape", net.op("Transpose", y, perm=[0, 2, 1, 3]), net.const(np.array([0, 6, 32])))
+    net.out = net.op("MatMul", y, net.w(32, 16))
+    return net
+
+
+def masked_attention() -> Net:
+    """A mask that is broadcast to a shape put together at run time, and heads merged by a shape that ends in -1."""
+    net = Net(("x", ["N", "L", 16]), ("mask", ["N", "L"]))
+    lengths = net.op("Shape", "x")
+    batch, length = (net.op("Slice", lengths, net.const(np.array([n])), net.const(np.array([n + 1]))) for n in (0, 1))
+    rest = net.const(np.array([-1]))
+    wanted = net.op("Concat", batch, rest, length, length, axis=0)
+    ones = net.const(np.ones(4, np.int64))
+    wanted = net.op("Where", net.const(np.array([False, True, False, False])), ones, wanted)
+    mask = net.op("Unsqueeze", "mask", net.const(np.array([1, 2])))
+    ones_of_batch = net.op("ConstantOfShape", batch, value=numpy_helper.from_array(np.ones(1, np.float32)))
+    rows = net.op("NonZero", ones_of_batch)  # indices whose number inference cannot tell
+    mask = net.op("Gather", mask, net.op("Squeeze", rows, net.const(np.array([0]))), axis=0)
+    mask = net.op("Expand", mask, wanted)
+    heads = net.op("Concat", batch, length, net.const(np.array([4, 8])), axis=0)
+    query, key, value = (
+        net.op("Transpose", net.op("Reshape", net.op("MatMul", "x", net.w(16, 32)), heads), perm=[0, 2, 1, 3])
+        for _ in range(3)
+    )
+    scores = net.op("Add", net.op("MatMul", query, net.op("Transpose", key, perm=[0, 1, 3, 2])), mask)
+    y = net.op("Transpose", net.op("MatMul", net.op("Softmax", scores, axis=-1), value), perm=[0, 2, 1, 3])
+    y = net.op("Reshape", y, net.op("Concat", batch, length, rest, axis=0))
+    net.out = net.op("MatMul", y, net.w(32, 16))
+    return net
+
+
+def attention_operator(shared: int = 1, merged: bool = True) -> Net:
+    """The operator of opset 23, after a rotary embedding; ``shared`` heads of the query to one of key and value."""
+    net = Net(("x", ["N", 6, 16]), opset=23)
+    angles = [net.w(6, 4) for _ in range(2)]
+    few, many = 4, 4 * shared
+    projected = [net.op("MatMul", "x", net.w(16, 8 * heads)) for heads in (many, few, few)]
+    turned = []
+    for y, heads in zip(projected, (many, few, few), strict=True):
+        attrs = {"num_heads": heads} if merged else {}
+        if not merged:
+            y = net.op("Reshape", y, net.const(np.array([0, 6, heads, 8])))
+            y = net.op("Transpose", y, perm=[0, 2, 1, 3])
+        if len(turned) < 2:
+            indices = net.op("Expand", net.const(np.arange(6)[None]), net.op("Shape", "x", end=2))
+            y = net.op("RotaryEmbedding", y, *angles, indices, **attrs)
+        turned.append(y)
+    attrs = {"q_num_heads": many, "kv_num_heads": few} if merged else {}
+    bias = net.w(1, many, 6, 6)
+    y = net.op("Attention", *turned, bias, **attrs)
+    if not merged:
+        y = net.op("Reshape", net.op("Transpose", y, perm=[0, 2, 1, 3]), net.const(np.array([0, 6, -1])))
+    net.out = net.op("MatMul", y, net.w(8 * many, 16))
+    return net
+
+
+def attention_operator_of_heads() -> Net:
+    return attention_operator(merged=False)
+
+
+def grouped_query_attention_operator() -> Net:
+    return attention_operator(shared=2)
+
+
+def grouped_query_attention_operator_of_heads() -> Net:
+    return attention_operator(shared=2, merged=False)
+
+
+def selective_kernel() -> Net:
+    """Two branches weighed by a softmax across them, whose weights one layer makes for both."""
+    net = Net(IMAGE)
+    y = net.op("Relu", net.conv("x", 3, 12))
+    axis = net.const(np.array([1]))
+    branches = [net.op("Unsqueeze", net.op("Relu", net.conv(y, 12, 16)), axis) for _ in range(2)]
+    both = net.op("Concat", *branches, axis=1)
+    s = net.conv(net.op("GlobalAveragePool", y), 12, 32, 1)
+    s = net.op("Softmax", net.op("Reshape", s, net.const(np.array([0, 2, 16, 1, 1]))), axis=1)
+    net.out = net.head(net.op("ReduceSum", net.op("Mul", both, s), axis, keepdims=0), 16)
+    return net
+
+
+def pixel_shuffle(mode: str = "CRD") -> Net:
+    net = Net(IMAGE)
+    y = net.op("SpaceToDepth", net.op("Relu", net.conv("x", 3, 6)), blocksize=2)
+    y = net.op("Relu", net.conv(y, 24, 40))
+    y = net.op("DepthToSpace", y, blocksize=2, mode=mode)
+    net.out = net.conv(y, 10, 3)
+    return net
+
+
+def pixel_shuffle_by_depth() -> Net:
+    return pixel_shuffle("DCR")
+
+
+def patches() -> Net:
+    """A map cut into rows of patches and put together again: channels and rows become one axis in between."""
+    net = Net(("x", [1, 3, 8, 8]))
+    y = net.op("Relu", net.conv("x", 3, 12))
+    y = net.op("Reshape", y, net.const(np.array([12 * 4, 2, 4, 2])))
+    y = net.op("Reshape", net.op("Transpose", y, perm=[0, 2, 1, 3]), net.const(np.array([1, 12, 16, 4])))
+    y = net.op("MatMul", net.op("Transpose", y, perm=[0, 3, 2, 1]), net.w(12, 20))
+    net.out = net.op("MatMul", y, net.w(20, 4))
+    return net
+
+
+def sampled() -> Net:
+    """Channels that are sampled elsewhere, repeated and added up along other axes."""
+    net = Net(("x", ["N", 3, 8, 8]), ("grid", ["N", 5, 5, 2]))
+    y = net.op("GridSample", net.op("Relu", net.conv("x", 3, 16)), "grid")
+    y = net.op("Tile", y, net.const(np.array([1, 1, 2, 1])))
+    net.out = net.head(net.op("CumSum", y, net.const(np.array(2))), 16)
+    return net
+
+
 KINDS = {
     f.__name__: f
     for f in (
         plain, residual, mobile, depth_multiplier, grouped, concat, flatten, ffn, gated, attention, decoder,
-        channels_last, pieces, squeeze_excite, lstm, gru,
+        channels_last, pieces, squeeze_excite, lstm, gru, packed_attention, masked_attention, attention_operator,
+        attention_operator_of_heads, grouped_query_attention_operator, grouped_query_attention_operator_of_heads,
+        selective_kernel, pixel_shuffle, pixel_shuffle_by_depth, patches, sampled,
     )
 }  # fmt: skip
 
@@ -345,6 +472,17 @@ WIDTHS = {
     "squeeze_excite": [16, 8],
     "lstm": [12, 8, 10],
     "gru": [12, 10, 9],
+    "packed_attention": [4],
+    "masked_attention": [4],
+    "attention_operator": [4],
+    "attention_operator_of_heads": [4],
+    "grouped_query_attention_operator": [4],
+    "grouped_query_attention_operator_of_heads": [4],
+    "selective_kernel": [12, 16],
+    "pixel_shuffle": [6, 10],
+    "pixel_shuffle_by_depth": [6, 10],
+    "patches": [12, 20],
+    "sampled": [16],
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -267,7 +269,8 @@ def _layer_norm(op: Op) -> None:
     first = normal(int(op.attr("axis", -1)), rank)
     for axis in range(rank):
         if axis >= first:
-            op.because(op.x, axis, f"{op.label} normalises over it")
+            for tensor, place in ((op.x, axis), *((t, axis - first) for t in op.inputs[1:]), (op.y, axis)):
+                op.because(tensor, place, f"{op.label} normalises over it")
         else:
             op.join(op.x, axis, op.y, axis)
 
@@ -460,6 +463,112 @@ def _resize(op: Op) -> None:
         op.because(op.inputs[1], 0, "it is a region of interest")
 
 
+def _depth_to_space(op: Op) -> None:
+    """One channel becomes the pixels of a block; in which order they lie, ``mode`` says."""
+    before, after = _counted(op, op.x, 1), _counted(op, op.y, 1)
+    places = np.arange(before)
+    op.join(op.x, 0, op.y, 0)
+    op.join(
+        op.x, 1, op.y, 1, places, places // (before // after) if op.attr("mode", "DCR") == "CRD" else places % after
+    )
+
+
+def _space_to_depth(op: Op) -> None:
+    before, after = _counted(op, op.x, 1), _counted(op, op.y, 1)
+    op.join(op.x, 0, op.y, 0)
+    op.join(op.x, 1, op.y, 1, np.arange(after) % before, np.arange(after))
+
+
+def _grid_sample(op: Op) -> None:
+    op.join(op.x, 0, op.y, 0)
+    op.join(op.x, 1, op.y, 1)
+    op.join(op.x, 0, op.inputs[1], 0)
+
+
+def _roi_align(op: Op) -> None:
+    op.join(op.x, 1, op.y, 1)
+    for tensor in op.inputs[1:]:
+        op.join(tensor, 0, op.y, 0)
+
+
+def _tile(op: Op) -> None:
+    repeats = constant_value(op.inputs[1])
+    if repeats is None:
+        raise Unknown(f"{op.label} computes its repeats")
+    for axis, times in enumerate(repeats.tolist()):
+        if times == 1:
+            op.join(op.x, axis, op.y, axis)
+        else:
+            op.because(op.x, axis, f"{op.label} repeats it")
+
+
+def _cumsum(op: Op) -> None:
+    along = constant_value(op.inputs[1])
+    if along is None:
+        raise Unknown(f"{op.label} computes its axis")
+    rank = len(op.dims(op.x))
+    for axis in range(rank):
+        if axis == normal(int(along), rank):
+            op.because(op.x, axis, f"{op.label} sums along it")
+        else:
+            op.join(op.x, axis, op.y, axis)
+
+
+def _attention(op: Op) -> None:
+    """Heads of query, key and value, as an axis of their own or merged with their elements, go together.
+
+    Several heads of the query may share one of the key and value, and all go with it.
+    """
+    if any(op.has(slot) for slot in (4, 5)) or len(op.outputs) > 1:
+        raise Unknown(f"{op.label} keeps keys and values of earlier steps")
+    query, key, value = op.inputs[:3]
+    merged = len(op.dims(query)) == 3
+    axis = 2 if merged else 1
+    widths = [_counted(op, tensor, axis) for tensor in (query, key, value, op.y)]
+    many, few = (int(op.attr(name, n)) for name, n in zip(("q_num_heads", "kv_num_heads"), widths, strict=False))
+    for tensor in (key, value, op.y):
+        op.join(query, 0, tensor, 0)
+    for tensor, width in zip((query, key, value, op.y), widths, strict=True):
+        places = np.arange(width)
+        op.join(tensor, axis, key, axis, places, places // (width // few) * (widths[1] // few))
+    if merged:
+        for tensor, name, each in (
+            (query, "q_num_heads", widths[0] // many),
+            (key, "kv_num_heads", widths[1] // few),
+        ):
+            op.follow(tensor, axis, _renumber_heads(op, name, each))
+    if op.has(3) and len(op.dims(op.inputs[3])) == 4 and op.dims(op.inputs[3])[1] != 1:
+        places = np.arange(many)
+        op.join(op.inputs[3], 1, query, axis, places, places * (widths[0] // many))
+
+
+def _counted(op: Op, tensor: gs.Tensor, axis: int) -> int:
+    size = op.dims(tensor)[axis]
+    if not isinstance(size, int):
+        raise Unknown(f"the channels of {op.label} are not counted in the file")
+    return size
+
+
+def _renumber_heads(op: Op, name: str, each: int) -> Callable[[Cut, Indices], None]:
+    return lambda _, kept: op.node.attrs.update({name: len(kept) // each})
+
+
+def _rotary(op: Op) -> None:
+    """Turns pairs of elements of a head; the heads are an axis of their own, or merged with their elements."""
+    op.join(op.x, 0, op.y, 0)
+    op.join(op.x, 1, op.y, 1)
+    if len(op.dims(op.x)) == 4:
+        op.join(op.x, 2, op.y, 2)
+        return
+    width, heads = _counted(op, op.x, 2), int(op.attr("num_heads", 0))
+    if not heads:
+        raise Unknown(f"the heads of {op.label} are not counted in the file")
+    places, each = np.arange(width), width // heads
+    op.join(op.x, 2, op.y, 2)
+    op.join(op.x, 2, op.x, 2, places, places // each * each)
+    op.follow(op.x, 2, _renumber_heads(op, "num_heads", each))
+
+
 def _quantized(op: Op) -> None:
     raise Unknown(f"{op.label} holds it quantized: prune before quantizing")
 
@@ -472,17 +581,21 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(GATES, _recurrent),
     "ArgMax": _arg,
     "ArgMin": _arg,
+    "Attention": _attention,
     "BatchNormalization": _batch_norm,
     "Concat": _concat,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "ConvInteger": _quantized,
+    "CumSum": _cumsum,
+    "DepthToSpace": _depth_to_space,
     "DequantizeLinear": _quantized,
     "DynamicQuantizeLinear": _quantized,
     "Expand": _expand,
     "Flatten": flatten,
     "Gather": _gather,
     "Gemm": _gemm,
+    "GridSample": _grid_sample,
     "GroupNormalization": _group_norm,
     "Hardmax": _softmax,
     "InstanceNormalization": _instance_norm,
@@ -497,11 +610,15 @@ RULES: dict[str, Rule] = {
     "RMSNormalization": _layer_norm,
     "Reshape": reshape,
     "Resize": _resize,
+    "RoiAlign": _roi_align,
+    "RotaryEmbedding": _rotary,
     "Shape": shape,
     "Slice": _slice,
     "Softmax": _softmax,
+    "SpaceToDepth": _space_to_depth,
     "Split": _split,
     "Squeeze": squeeze,
+    "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": unsqueeze,
     "Upsample": _resize,

@@ -56,6 +56,8 @@ def _blocks(op: Op, same: Callable[[int, int], bool]) -> None:
             _factor(op, op.x, ins, op.y, outs[0])
         elif len(ins) == 1 and outs:
             _factor(op, op.y, outs, op.x, ins[0])
+        elif ins and outs:
+            _regroup(op, ins[0], outs[0])
         for tensor, axes in ((op.x, ins), (op.y, outs)):
             for axis in axes:
                 op.because(tensor, axis, f"{op.label} mixes it with other axes")
@@ -68,13 +70,50 @@ def _factor(op: Op, many: gs.Tensor, axes: list[int], one: gs.Tensor, merged: in
     if not all(isinstance(n, int) for n in lengths) or not isinstance(op.dims(one)[merged], int):
         return
     sizes = [int(n) for n in lengths if isinstance(n, int)]
-    chosen = next((k for k, a in enumerate(axes) if op.lives(many, a)), 0)
+    alive = (k for k, a in enumerate(axes) if op.lives(many, a))
+    whole = (k for k, a in enumerate(axes) if sizes[k] > 1 and not _taken_apart(op, many, a))
+    chosen = next(alive, next(whole, 0))
     positions = np.arange(math.prod(sizes))
     inner = math.prod(sizes[chosen + 1 :])
     op.join(many, axes[chosen], one, merged, positions // inner % sizes[chosen], positions)
     for k, axis in enumerate(axes):
         if k != chosen:
             op.stop(many, axis, f"{op.label} merges it with the axis of the channels")
+
+
+def _regroup(op: Op, leading: int, regrouped: int) -> None:
+    """Join the first of several axes with the first of those they become, one of which holds the other many times."""
+    before, after = op.dims(op.x)[leading], op.dims(op.y)[regrouped]
+    if not isinstance(before, int) or not isinstance(after, int) or max(before, after) % min(before, after):
+        return
+    positions = np.arange(max(before, after))
+    at, to = (positions // (len(positions) // size) for size in (before, after))
+    op.join(op.x, leading, op.y, regrouped, at, to)
+
+
+def _taken_apart(op: Op, tensor: gs.Tensor, axis: int) -> bool:
+    """Whether what reads a tensor, perhaps transposed, wants an axis whole or position by position.
+
+    So it is with the axis of query, key and value behind one product for all three, and with the branches of a
+    selective kernel: the channels of the weight are those of another axis.
+    """
+    for user in tensor.outputs:
+        rank = len(op.tracer.dims(tensor) or [])
+        if user.op == "Transpose":
+            order = user.attrs.get("perm") or list(reversed(range(rank)))
+            if _taken_apart(op, user.outputs[0], order.index(axis)):
+                return True
+        elif user.op.startswith("Reduce"):
+            known = constant_value(user.inputs[1]) if len(user.inputs) > 1 else user.attrs.get("axes")
+            if known is not None and axis in [normal(int(a), rank) for a in known]:
+                return True
+        elif user.op in ("Gather", "Slice", "Split", "Softmax"):
+            along = normal(int(user.attrs.get("axis", -1 if user.op == "Softmax" else 0)), rank)
+            after = op.tracer.dims(user.outputs[0])
+            shrunk = after is not None and (len(after) < rank or after[axis] == 1)
+            if (user.op == "Slice" or along == axis) and (user.op == "Softmax" or shrunk):
+                return True
+    return False
 
 
 def flatten(op: Op) -> None:

@@ -202,3 +202,6 @@ def drop_value_info(model: Model) -> None:
                     tensor.__dict__.pop("info", None)
                     tensor.dtype = None
                     tensor.shape = None
+            for tensor in node.inputs:
+                if isinstance(tensor, gs.Constant):  # says all by itself
+                    tensor.__dict__.pop("info", None)
