@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 from onnxslim.graph.coupling import Coupling, Group
 
-__all__ = ["Choice", "WeightCost", "allocate", "uniform_widths", "weight_costs", "width_step"]
+__all__ = [
+    "Choice",
+    "WeightCost",
+    "allocate",
+    "least_width",
+    "narrowest",
+    "uniform_widths",
+    "weight_costs",
+    "width_step",
+]
 
 FloatArray = NDArray[np.float64]
 
@@ -81,6 +90,16 @@ def width_step(group: Group, multiple_of: int) -> int:
     for member in group.weights:
         step = math.lcm(step, multiple_of // math.gcd(multiple_of, member.positions.shape[1]))
     return step
+
+
+def narrowest(group: Group) -> int:
+    """How many positions a channel takes where it takes fewest: one, or those of a head of attention."""
+    return min((member.positions.shape[1] for member in group.weights), default=1)
+
+
+def least_width(group: Group, channels: int) -> int:
+    """How many channels a group must keep, so that no axis of its weights that is longer gets below ``channels``."""
+    return min(-(-channels // narrowest(group)), group.channels)
 
 
 def uniform_widths(choices: Sequence[Choice], ratio: float) -> list[int]:

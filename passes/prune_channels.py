@@ -28,7 +28,16 @@ from onnxslim.passes._correction import Judge
 from onnxslim.passes._least_squares import recover
 from onnxslim.passes._recurrent import refit_gates
 from onnxslim.passes._statistics import LinearLayer
-from onnxslim.passes._widths import Choice, WeightCost, allocate, uniform_widths, weight_costs, width_step
+from onnxslim.passes._widths import (
+    Choice,
+    WeightCost,
+    allocate,
+    least_width,
+    narrowest,
+    uniform_widths,
+    weight_costs,
+    width_step,
+)
 from onnxslim.passes.base import Context, Outcome, Pass
 from onnxslim.runtime import Session
 
@@ -98,7 +107,9 @@ class PruneChannels(Pass):
         " in ONNX Runtime on one thread of this machine",
     )
     multiple_of: int = Field(8, ge=1, description="kept widths are multiples of this")
-    min_channels: int = Field(8, ge=1, description="a group is never cut below this width")
+    min_channels: int = Field(
+        8, ge=1, description="a layer is never cut below this width; a head of attention counts with all its elements"
+    )
     criterion: Criterion = Field(
         "obs",
         description="what decides which channels go: 'obs', the error that is left in the layers that read them once "
@@ -225,7 +236,8 @@ class PruneChannels(Pass):
         choices: dict[int, Choice] = {}
         for index, group in enumerate(coupling.groups):
             step = width_step(group, self.multiple_of)
-            floor = max(-(-min(self.min_channels, group.channels) // step) * step, step)
+            least = least_width(group, self.min_channels)
+            floor = max(-(-least // step) * step, step)
             if group.frozen:
                 outcome.refuse(self.name, _title(group), f"{_width(group)} stay: {group.frozen}")
             elif group.channels <= floor:
@@ -417,10 +429,16 @@ def _title(group: Group) -> str:
 
 
 def _width(group: Group) -> str:
-    return f"{group.channels} channels"
+    return f"{group.channels} {_unit(group)}"
+
+
+def _unit(group: Group) -> str:
+    """What goes at once: a channel, or such as a head of attention, of several in all its layers."""
+    each = narrowest(group)
+    return "channels" if each == 1 else f"blocks of {each} channels"
 
 
 def _told(group: Group, width: int) -> str:
     names = [node.name or node.outputs[0].name for node in {id(u.node): u.node for u in group.uses}.values()]
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    return f"{group.channels} -> {width} channels: {', '.join(names[:6])}{more}"
+    return f"{group.channels} -> {width} {_unit(group)}: {', '.join(names[:6])}{more}"

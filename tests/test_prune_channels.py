@@ -701,3 +701,39 @@ def test_gates_of_recurrent_layers_make_up_for_units_that_went(op: str, attribut
         assert refused == (["layer1"] if last and recover and "layer1" in narrower else [])
         errors[recover] = np.square(run(model, test) - true).sum() / np.square(true - true.mean()).sum()
     assert errors[True] < 0.5 * errors[False]
+
+
+def packed_heads() -> onnxslim.Model:
+    """Four heads of eight behind one product, and one more layer."""
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[N, 6, 16] x) => (float[N, 6, 16] y)
+    <int64[5] split_shape = {0, 6, 3, 4, 8}, int64[3] merged = {0, 6, -1},
+     int64 zero = {0}, int64 one = {1}, int64 two = {2}> {
+        packed = MatMul(x, wide) split = Reshape(packed, split_shape) parts = Transpose<perm = [2, 0, 3, 1, 4]>(split)
+        q = Gather(parts, zero) k = Gather(parts, one) v = Gather(parts, two)
+        kt = Transpose<perm = [0, 1, 3, 2]>(k) scores = MatMul(q, kt) weights = Softmax(scores)
+        seen = MatMul(weights, v) back = Transpose<perm = [0, 2, 1, 3]>(seen) heads = Reshape(back, merged)
+        y = MatMul(heads, out)
+    }"""
+    proto = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    loud = np.array([1, 0.05, 1, 0.05]).repeat(8)[:, None]  # two heads say next to nothing
+    for name, value in {"wide": rng.standard_normal((16, 96)) / 4, "out": rng.standard_normal((32, 16)) * loud}.items():
+        proto.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))
+    return onnxslim.load(proto)
+
+
+def test_heads_behind_one_product_are_pruned_below_eight():
+    """A head has eight elements, so two heads are no narrower than 16 channels."""
+    model, dense = packed_heads(), Session(packed_heads())
+    rng = np.random.default_rng(1)
+    feeds = [{"x": rng.standard_normal((1, 6, 16)).astype(np.float32)} for _ in range(64)]
+    outcome = PruneChannels(ratio=0.5).run(model, Context(calibration=open_dataset(feeds, dense.specs)))
+    assert [change.what.split(":")[0] for change in outcome.changes if change.rule == "prune-channels"] == [
+        "4 -> 2 blocks of 8 channels"
+    ]
+    shapes = sorted(tuple(t.shape) for t in model.graph.tensors().values() if t.name in ("wide", "out"))
+    assert shapes == [(16, 16), (16, 48)]
+    pruned = Session(model)
+    for feed in feeds[:3]:
+        wanted = dense.run(feed)["y"]
+        assert np.square(pruned.run(feed)["y"] - wanted).mean() < 0.02 * wanted.var()
