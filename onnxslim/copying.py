@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_graphsurgeon as gs
@@ -26,13 +26,17 @@ def uncollected() -> Iterator[None]:
 
 
 @uncollected()
-def copy_graphs(graph: gs.Graph) -> gs.Graph:
-    """Copy a main graph, its bodies and its local functions.
+def copy_graphs(graph: gs.Graph, nodes: Sequence[gs.Node] | None = None) -> gs.Graph:
+    """Copy a main graph, or some of its nodes, its bodies and its local functions.
 
     Lists, nodes and tensors are new. Values of constants and protobuf messages (attributes, headers, what the file
     declares of a tensor) are shared: they are replaced in a model, never changed.
     """
     copier = _Copier()
+    if nodes is not None:
+        part = _blank(graph)
+        part.__dict__.update(graph.__dict__, nodes=list(nodes))
+        graph = part
     copied = copier.graph(graph)
     for old, new in copier.function_lists:
         new.extend(copier.graph(function) for function in old)

@@ -9,7 +9,7 @@ import mmap
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -159,11 +159,16 @@ class Model:
 
         return self.export(write)
 
-    def copy(self) -> Model:
-        """Return an independent copy of the structure. Weights are shared: values are replaced, never mutated."""
+    def copy(self, nodes: Sequence[gs.Node] | None = None) -> Model:
+        """Return an independent copy of the structure. Weights are shared: values are replaced, never mutated.
+
+        Args:
+            nodes: those of the main graph to copy, in order; all of them when absent. What makes the tensors that they
+                read, and the graph outputs, may be missing then.
+        """
         header = onnx.ModelProto()
         header.CopyFrom(self.header)
-        return Model(copy_graphs(self.graph), header, self.path)
+        return Model(copy_graphs(self.graph, nodes), header, self.path)
 
     # ------------------------------------------------------------------------------------------------------ saving
 

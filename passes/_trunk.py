@@ -162,19 +162,15 @@ class Trunk:
         """A session over the needed nodes alone."""
         if not needed:
             return None
-        part = self._model.copy()
+        whole = self._model.graph.nodes
+        part = self._model.copy([whole[index] for index in sorted(needed)])
         nodes = part.graph.nodes
         tensors: dict[str, Any] = {}
-        for index in sorted(needed):
-            for tensor in _tensors_read(nodes[index]):
+        for node in nodes:
+            for tensor in _tensors_read(node):
                 tensors.setdefault(tensor.name, tensor)
-        made = {name for index in needed for name in _made(nodes[index])}
+        made = {name for node in nodes for name in _made(node)}
         known = {tensor.name for tensor in part.graph.inputs}
-        for index, node in enumerate(nodes):
-            if index not in needed:
-                node.outputs.clear()
-                node.inputs.clear()
-        part.graph.nodes = [node for index, node in enumerate(nodes) if index in needed]
         drop_value_info(part)
         entering = [t for t in part.graph.inputs if t.name in tensors]
         for name, tensor in tensors.items():
@@ -185,7 +181,7 @@ class Trunk:
                 entering.append(tensor)
         part.graph.inputs = entering
         part.graph.outputs = []
-        for node in part.graph.nodes:
+        for node in nodes:
             part.graph.outputs.extend(t for t in node.outputs if t.name in fetch)
         remove_dead_nodes(part)
         return Session(part, outputs=fetch)
