@@ -24,17 +24,19 @@ if TYPE_CHECKING:
 __all__ = ["absorb"]
 
 
-def absorb(model: Model, excluded: Callable[[gs.Node], bool], *, spelled_out: bool) -> None:
+def absorb(model: Model, excluded: Callable[[gs.Node], bool], *, carries: bool) -> None:
     """Merge Pad nodes, factors and biases into layers, drop copies, and give what has int8 kernels their form.
 
     Args:
         model: rewritten in place.
         excluded: whether a node is to be left alone by its name or operator, so that it must keep them.
-        spelled_out: whether what runs the model has int8 kernels for the parts of a HardSwish, not for the whole.
+        carries: whether what runs the model fuses what is written on codes, as ONNX Runtime does: it has kernels for
+            the parts of a HardSwish, not for the whole, and makes a Gemm of a product whose sizes are all known.
     """
     rewriter = Rewriter(model)
-    rules = [*COPY_RULES, *PAD_RULES, product_as_gemm(excluded), fold_affine, batchnorm_as_conv, mean_as_pool]
-    if spelled_out:
+    as_gemm = product_as_gemm(excluded, any_rank=carries)
+    rules = [*COPY_RULES, *PAD_RULES, as_gemm, fold_affine, batchnorm_as_conv, mean_as_pool]
+    if carries and not any(node.op == "HardSwish" and excluded(node) for node in model.graph.nodes):
         rules.append(hard_swish_as_product)
     apply_rules(rewriter, rules, Ledger(Outcome(), Context()))
     rewriter.finish()

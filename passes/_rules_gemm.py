@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxslim.passes._match import FLOATS, inner, readable
 from onnxslim.passes._rewriter import Rewriter
@@ -127,25 +128,55 @@ def _same_leading(g: Rewriter, source: gs.Tensor, result: gs.Tensor, rows: int, 
     return all(size is not None and size == other for size, other in zip(before[:-1], after[:-1], strict=True))
 
 
-def product_as_gemm(excluded: Callable[[gs.Node], bool]) -> Rule:
+def product_as_gemm(excluded: Callable[[gs.Node], bool], *, any_rank: bool) -> Rule:
     """MatMul(a, b) -> Gemm(a, b) for a matrix a and a constant one b, with a bias where a constant is added to it.
 
     ONNX Runtime makes one Gemm of a MatMul and whatever is added to it, and has none in int8 that adds a float tensor.
+    Where all sizes are known it does so with a tensor of more axes too, once a vector is added, between two Reshapes;
+    this rule where ``any_rank`` says so.
     """
 
     @rule("product-as-gemm", "MatMul", since=7)
     def apply(g: Rewriter, node: gs.Node) -> str | None:
         left, right = node.inputs
-        weight = g.constant(right)
-        if excluded(node) or g.rank(left) != 2 or weight is None or weight.ndim != 2 or weight.dtype != np.float32:
+        weight, rank = g.constant(right), g.rank(left)
+        if excluded(node) or rank is None or weight is None or weight.ndim != 2 or weight.dtype != np.float32:
             return None
         user = g.sole_user(node.outputs[0])
         biased = user is not None and user.op == "Add" and any(g.constant(added) is not None for added in user.inputs)
+        if rank > 2 and any_rank:
+            return _as_rows(g, node, user) if user is not None and biased else None
+        if rank != 2:
+            return None
         bias = [g.make_constant(g.scope(node), "bias", np.zeros(weight.shape[1], np.float32))] if biased else []
         g.rewrite(node, "Gemm", {}, [left, right, *bias])
         return "a product of two matrices"
 
     return apply
+
+
+def _as_rows(g: Rewriter, node: gs.Node, user: gs.Node) -> str | None:
+    """MatMul(a, b) + c -> Reshape(Gemm(Reshape(a), b, c)) for a constant row c, where all sizes of a are known."""
+    left, right = node.inputs
+    (product,) = node.outputs
+    (added,) = (tensor for tensor in user.inputs if tensor is not product)
+    sizes, made, bias = g.static_shape(left), g.static_shape(product), g.constant(added)
+    if sizes is None or made is None or 0 in made or bias is None or bias.size != made[-1] or bias.shape[-1:] == (1,):
+        return None
+    if bias.ndim != 1:
+        if g.static_shape(user.outputs[0]) != made:
+            return None
+        added = g.make_constant(g.scope(node), added.name, bias.reshape(-1))
+    rows = g.insert_before(node, "Reshape", {}, [left, g.make_constant(g.scope(node), "rows", _ints(-1, sizes[-1]))])
+    g.rewrite(node, "Gemm", {}, [rows, right, added])
+    g.set_outputs(node, [None])
+    node.outputs[0].name = g.model.fresh_name(f"{product.name}_rows")
+    g.rewrite(user, "Reshape", {}, [node.outputs[0], g.make_constant(g.scope(user), "shape", _ints(*made))])
+    return "a product of as many rows as its input has in all"
+
+
+def _ints(*values: int) -> NDArray[np.int64]:
+    return np.array(values, np.int64)
 
 
 GEMM_RULES: tuple[Rule, ...] = (_matmul_add, _gemm_add, _transposed, _reshaped)

@@ -173,8 +173,7 @@ class QuantizeStatic(Pass):
         if unraised:
             outcome.refuse("qdq", "model", f"{unraised}, and per-channel quantization needs {_OPSET}")
             return []
-        named = any(node.op == "HardSwish" and self._excludes(node) for node in model.graph.nodes)
-        absorb(model, self._excludes, spelled_out=RUNTIMES[self.runtime].carries and not named)
+        absorb(model, self._excludes, carries=RUNTIMES[self.runtime].carries)
         runs: list[Quantizer] = []
         stored = plan.of(model.graph) if plan is not None else None
         if plan is None or stored is not None:

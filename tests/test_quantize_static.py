@@ -541,11 +541,21 @@ def test_all_but_dead_channel_with_a_large_bias_does_not_overflow():
     assert decibels(proto, model, images(seed=5)) > 28
 
 
-@pytest.mark.parametrize("product", ["Gemm", "MatMul", "MatMul and Add"])
+@pytest.mark.parametrize(
+    ("product", "before"),
+    [
+        ("Gemm", ["N"]),
+        ("MatMul", ["N"]),
+        ("MatMul and Add", ["N"]),
+        ("MatMul", [4, 3]),
+        ("MatMul and Add", [4, 3]),
+        ("MatMul and Add", ["N", 3]),
+    ],
+)
 @pytest.mark.parametrize("low", [0.0, 0.5])
 @pytest.mark.parametrize("outputs", ["y", "h", "m y"])
 @pytest.mark.parametrize("activation", ["Relu", "Clip", "Tanh", "LeakyRelu"])
-def test_products_in_front_of_float_nodes_run_in_int8_or_in_float(tmp_path, activation, outputs, low, product):
+def test_products_in_front_of_float_nodes_run_in_int8_or_in_float(tmp_path, activation, outputs, low, product, before):
     """What is not fused would dequantize its weight at each inference."""
     b = Builder()
     weight = b.weight("w", 64, 96)
@@ -559,9 +569,10 @@ def test_products_in_front_of_float_nodes_run_in_int8_or_in_float(tmp_path, acti
     b.node(activation, ["m", *bounds], "h")
     if outputs != "h":
         b.node("Softmax", ["h"], "y")
-    proto = b.model({"x": ["N", 64]}, {name: ["N", 96] for name in outputs.split()})
+    proto = b.model({"x": [*before, 64]}, {name: [*before, 96] for name in outputs.split()})
     random = np.random.default_rng(0)
-    feeds = [{"x": random.normal(size=(4, 64)).astype(np.float32)} for _ in range(8)]
+    size = (*[4 if axis == "N" else axis for axis in before], 64)
+    feeds = [{"x": random.normal(size=size).astype(np.float32)} for _ in range(8)]
     model, outcome = quantize(proto, feeds)
     kernels = fused(model, tmp_path)
     if outcome.numbers.get("nodes quantized"):
@@ -571,6 +582,30 @@ def test_products_in_front_of_float_nodes_run_in_int8_or_in_float(tmp_path, acti
         assert "DequantizeLinear" not in kernels
         assert "what clips its result keeps kernels from being fused" in whys(outcome)
     assert not kernels["FusedGemm"]
+    assert decibels(proto, model, feeds) > 30
+
+
+@pytest.mark.parametrize("bias", [(96,), (1, 96), (1, 1, 96), (1,), (3, 1), (3, 96)])
+@pytest.mark.parametrize("exclude", [(), ("p",)])
+def test_what_is_added_to_a_product_of_known_sizes_keeps_it_no_float_kernel(tmp_path, exclude, bias):
+    """As vision transformers of one size are exported; a residual is added behind."""
+    b = Builder()
+    b.node("Add", [b.constant("c", np.random.default_rng(1).normal(size=bias).astype(np.float32)), "p"], "sum")
+    b.nodes.insert(0, helper.make_node("MatMul", ["x", b.weight("w", 64, 96)], ["p"], "p"))
+    b.nodes[1].name = "sum"
+    b.node("Add", ["sum", "z"], "y")
+    proto = b.model({"x": [2, 3, 64], "z": [2, 3, 96]}, {"y": [2, 3, 96]})
+    random = np.random.default_rng(0)
+    feeds = [
+        {name: random.normal(size=(2, 3, size)).astype(np.float32) for name, size in (("x", 64), ("z", 96))}
+        for _ in range(8)
+    ]
+    model, outcome = quantize(proto, feeds, exclude=exclude)
+    kernels = fused(model, tmp_path)
+    assert ops(model)["MatMul"] == (not kernels["QGemm"])
+    if not exclude:
+        assert kernels["QGemm"] + kernels["MatMulIntegerToFloat"] == outcome.numbers["nodes quantized"] == 1
+        assert not kernels["DequantizeLinear"]
     assert decibels(proto, model, feeds) > 30
 
 
