@@ -358,6 +358,7 @@ def masked_attention() -> Net:
         for _ in range(3)
     )
     scores = net.op("Add", net.op("MatMul", query, net.op("Transpose", key, perm=[0, 1, 3, 2])), mask)
+    scores = net.op("Add", scores, net.op("Expand", net.w(1, 4, 1, 1), wanted))  # as positions are told by T5 and MPNet
     y = net.op("Transpose", net.op("MatMul", net.op("Softmax", scores, axis=-1), value), perm=[0, 2, 1, 3])
     y = net.op("Reshape", y, net.op("Concat", batch, length, rest, axis=0))
     net.out = net.op("MatMul", y, net.w(32, 16))

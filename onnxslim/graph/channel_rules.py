@@ -74,6 +74,9 @@ class Tracer:
         if id(tensor) in self.elements:
             return self.elements[id(tensor)]
         value = constant_value(tensor)
+        if value is None:
+            computed = self.shapes.elements(tensor)
+            return None if computed is None else list(computed)
         if value is None or value.dtype.kind not in "iu" or value.ndim > 1 or value.size > 64:
             return None
         return [int(v) for v in value.reshape(-1)]

@@ -27,9 +27,12 @@ class Shapes:
     symbol, None where nothing is known.
     """
 
-    def __init__(self, known: dict[int, tuple[np.dtype | None, Shape | None]], keep: list[gs.Tensor]) -> None:
+    def __init__(
+        self, known: dict[int, tuple[np.dtype | None, Shape | None]], keep: list[gs.Tensor], facts: Facts
+    ) -> None:
         self._known = known
         self._keep = keep  # ids stay unique only while their objects live
+        self._facts = facts
 
     def shape(self, tensor: gs.Tensor) -> Shape | None:
         """The shape of a tensor; None where not even the rank is known."""
@@ -43,6 +46,13 @@ class Shapes:
             dtype: np.dtype = np.dtype(tensor.dtype)
             return dtype
         return self._known.get(id(tensor), (None, None))[0]
+
+    def elements(self, tensor: gs.Tensor) -> list[int | None] | None:
+        """The numbers of a small vector of integers, None for those that depend on the inputs; None for another."""
+        value = self._facts.of(tensor).value
+        if value is None or value.ndim != 1:
+            return None
+        return [each if isinstance(each, int) else None for each in value.tolist()]
 
     def observe(self, graph: gs.Graph, shapes: Mapping[str, Sequence[int]]) -> None:
         """Take the shapes that tensors of one graph had in a run, by name, in place of what was inferred."""
@@ -98,7 +108,7 @@ def infer_shapes(
         for node in model.graph.nodes:
             facts.infer(node)
     _match(model.graph, inferred.graph, facts, known, keep)
-    return Shapes(known, keep)
+    return Shapes(known, keep, facts)
 
 
 def _read(graph: gs.Graph) -> list[gs.Node]:
