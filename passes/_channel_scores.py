@@ -171,12 +171,14 @@ def norm_removal(group: Group) -> Removal:
 
 @dataclass
 class _State:
-    """What has become of a reader: its inputs that are left, ``inv(H)`` over them, and its weight as it makes up.
+    """What has become of a reader, as far as it reads the group: ``inv(H)`` and its weight, as it makes up, there.
+
+    Its other inputs make up as well, but what comes of them changes no cost: they are left out.
 
     Attributes:
         columns: for each channel of the group, where its inputs stand now, ``[channels, each]``.
         scale: variance of its output.
-        gone: which inputs have been taken out, ``[K]``.
+        gone: which inputs have been taken out.
     """
 
     inverse: FloatArray
@@ -231,10 +233,13 @@ def obs_removal(
         mean = float(np.diagonal(hessian).mean())
         if seen.count == 0 or not np.isfinite(mean) or mean <= 0:
             continue
-        inverse = np.linalg.inv(hessian + damping * mean * np.eye(len(hessian)))
+        own = reader.own.reshape(-1)
+        unit = np.eye(len(hessian))
+        inverse = np.linalg.solve(hessian + damping * mean * unit, unit[:, own])[own]
         weight = reader.matrix()
         scale = float(np.einsum("ok,ok->", weight @ hessian, weight))
-        states.append(_State(inverse, weight, reader.own, max(scale, 1e-30), np.zeros(len(inverse), bool)))
+        columns = np.arange(len(own)).reshape(reader.own.shape)
+        states.append(_State(inverse, weight[:, own], columns, max(scale, 1e-30), np.zeros(len(own), bool)))
     if not states:
         return None
     left = np.arange(group.channels)
