@@ -99,7 +99,10 @@ class PruneChannels(Pass):
     needs_calibration: ClassVar[bool] = False
 
     ratio: float = Field(
-        0.3, gt=0, lt=1, description="as much goes as if every prunable group lost this share of its channels"
+        0.3,
+        gt=0,
+        lt=1,
+        description="as much goes as if every prunable group that no norm spans lost this share of its channels",
     )
     cost: Literal["macs", "parameters", "latency"] = Field(
         "macs",
@@ -168,10 +171,10 @@ class PruneChannels(Pass):
     def _prune_graph(self, model: Model, context: Context, outcome: Outcome) -> _Tally:
         coupling = couple(model)
         self._exclude(coupling)
-        choices = self._choices(coupling, outcome)
+        data = None if context.calibration is None else context.calibration.take(self.max_samples)
+        choices = self._choices(coupling, outcome, refitted=data is not None and self.recover)
         if not choices:
             return _Tally()
-        data = None if context.calibration is None else context.calibration.take(self.max_samples)
         macs, size = _costs(model, coupling, context, data)
         times = self._times(model, coupling, data, outcome) if self.cost == "latency" else {}
         batches = None if data is None else partial(data.batches, max(1, min(_BATCH, _BATCH_BYTES // max(size, 1))))
@@ -180,7 +183,9 @@ class PruneChannels(Pass):
         counted = {} if self.cost == "parameters" else times or macs
         budgeted = weight_costs(coupling, counted if any(counted.values()) else None)
         measured = self.criterion == "obs" and batches is not None
-        proposals = self._proposals(choices, removals, budgeted, measured=measured)
+        spanned = {index for index in choices if coupling.groups[index].spanned}
+        last = _last(model, coupling) & set(choices)
+        proposals = self._proposals(choices, spanned, last, removals, budgeted, measured=measured)
         widths = proposals[0]
         if batches is not None and self.recover and len(proposals) > 1:
             widths = self._best(model, proposals, removals, batches, context.seed)
@@ -231,7 +236,7 @@ class PruneChannels(Pass):
                 if pattern is not None and group.frozen is None:
                     group.frozen = f"{node.name!r} is excluded by {pattern!r}"
 
-    def _choices(self, coupling: Coupling, outcome: Outcome) -> dict[int, Choice]:
+    def _choices(self, coupling: Coupling, outcome: Outcome, *, refitted: bool) -> dict[int, Choice]:
         """What widths each group may have; refusals for those that have no choice."""
         choices: dict[int, Choice] = {}
         for index, group in enumerate(coupling.groups):
@@ -240,6 +245,9 @@ class PruneChannels(Pass):
             floor = max(-(-least // step) * step, step)
             if group.frozen:
                 outcome.refuse(self.name, _title(group), f"{_width(group)} stay: {group.frozen}")
+            elif group.spanned and not refitted:
+                why = f"{group.spanned} takes a mean over them, and nothing is refitted"
+                outcome.refuse(self.name, _title(group), f"{_width(group)} stay: {why}")
             elif group.channels <= floor:
                 why = f"kept widths are multiples of {self.multiple_of}, not below {floor}"
                 outcome.refuse(self.name, _title(group), f"{_width(group)} stay: {why}")
@@ -248,18 +256,38 @@ class PruneChannels(Pass):
         return choices
 
     def _proposals(
-        self, choices: dict[int, Choice], removals: dict[int, Removal], weights: list[WeightCost], *, measured: bool
+        self,
+        choices: dict[int, Choice],
+        spanned: set[int],
+        last: set[int],
+        removals: dict[int, Removal],
+        weights: list[WeightCost],
+        *,
+        measured: bool,
     ) -> list[dict[int, int]]:
-        """Channels to keep of each group: ways that cost no more than a uniform cut, the likeliest first."""
-        uniform = dict(zip(choices, uniform_widths(list(choices.values()), self.ratio), strict=True))
+        """Channels to keep of each group: ways that cost no more than a uniform cut, the likeliest first.
+
+        Groups that a norm spans change what is left of them when they are cut. Where there are others, those say how
+        much is to go, and the spanned ones are one more way to save it. What the last layers read is best spared now
+        and then: nothing behind them makes up for what they lose.
+        """
+        plain = {index: choice for index, choice in choices.items() if index not in spanned} or choices
+        whole = {index: choice.channels for index, choice in choices.items()}
+        uniform = whole | dict(zip(plain, uniform_widths(list(plain.values()), self.ratio), strict=True))
         if not measured:
             return [uniform]
         removed = {index: choice.channels - uniform[index] for index, choice in choices.items()}
         losses = {index: removal.losses for index, removal in removals.items()}
         budget = sum(weight.cost(removed) for weight in weights)
+        ways = [*allocate(plain, losses, weights, budget), uniform]
+        if spared := {index: choice for index, choice in plain.items() if index not in last}:
+            ways += allocate(spared, losses, weights, budget)[:1]
+        if len(plain) < len(choices):
+            ways += allocate(choices, losses, weights, budget)[:1]
         found: list[dict[int, int]] = []
-        for widths in (*allocate(choices, losses, weights, budget), uniform):
-            if widths not in found:
+        for widths in (whole | way for way in ways):
+            removed = {index: choice.channels - widths[index] for index, choice in choices.items()}
+            if widths not in found and (not found or sum(weight.cost(removed) for weight in weights) <= budget):
                 found.append(widths)
         return found
 
@@ -379,6 +407,27 @@ def _removed(coupling: Coupling, removals: dict[int, Removal], widths: dict[int,
     """Channels that go, of each group that gets narrower."""
     counts = {index: coupling.groups[index].channels - width for index, width in widths.items()}
     return {index: removals[index].order[:count] for index, count in counts.items() if count}
+
+
+def _last(model: Model, coupling: Coupling) -> set[int]:
+    """The groups that are read by a layer with weights behind which there is no other."""
+    layers = {id(use.node) for use in coupling.uses}
+    waiting, seen, last = list(model.graph.outputs), set(), set()
+    while waiting:
+        tensor = waiting.pop()
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        for node in tensor.inputs:
+            if id(node) in layers:
+                last.add(id(node))
+            else:
+                waiting.extend(node.inputs)
+    return {
+        index
+        for index, group in enumerate(coupling.groups)
+        if any(id(use.node) in last and not use.makes for use in group.uses)
+    }
 
 
 def _elements(tensor: gs.Tensor) -> int:

@@ -108,7 +108,7 @@ def check_surgery(model: onnxslim.Model, seed: int = 0, *, makers_only: bool = F
     removed = {
         k: rng.permutation(g.channels)[: int(rng.integers(1, g.channels))]
         for k, g in enumerate(coupling.groups)
-        if g.frozen is None and g.channels > 1
+        if g.frozen is None and g.spanned is None and g.channels > 1
     }
     if not removed:
         return coupling
@@ -116,7 +116,8 @@ def check_surgery(model: onnxslim.Model, seed: int = 0, *, makers_only: bool = F
     cut(model, coupling, removed)
     proto = model.to_proto()
     assert not [v for v in proto.graph.value_info if v.type.tensor_type.HasField("shape")]
-    onnx.checker.check_model(onnx.shape_inference.infer_shapes(proto, strict_mode=True))
+    if all(node.op != "GroupNormalization" for node in model.graph.nodes):  # of which ONNX infers nothing
+        onnx.checker.check_model(onnx.shape_inference.infer_shapes(proto, strict_mode=True))
     pruned, masked = Session(model), Session(dense)
     for batch in (1, 3):
         feed = feeds(model, batch)
@@ -448,13 +449,28 @@ def sampled() -> Net:
     return net
 
 
+def group_norm(opset: int = 21) -> Net:
+    """Groups of a norm go whole: the parameters are one of each channel, one of each group before opset 21."""
+    net = Net(IMAGE, opset=opset)
+    y = net.conv("x", 3, 16)
+    size = 16 if opset > 20 else 4
+    y = net.op("Relu", net.op("GroupNormalization", y, net.w(size), net.w(size), num_groups=4))
+    net.out = net.head(net.conv(y, 16, 12), 12)
+    return net
+
+
+def group_norm_of_older_opsets() -> Net:
+    return group_norm(18)
+
+
 KINDS = {
     f.__name__: f
     for f in (
         plain, residual, mobile, depth_multiplier, grouped, concat, flatten, ffn, gated, attention, decoder,
         channels_last, pieces, squeeze_excite, lstm, gru, packed_attention, masked_attention, attention_operator,
         attention_operator_of_heads, grouped_query_attention_operator, grouped_query_attention_operator_of_heads,
-        selective_kernel, pixel_shuffle, pixel_shuffle_by_depth, patches, sampled,
+        selective_kernel, pixel_shuffle, pixel_shuffle_by_depth, patches, sampled, group_norm,
+        group_norm_of_older_opsets,
     )
 }  # fmt: skip
 
@@ -484,6 +500,8 @@ WIDTHS = {
     "pixel_shuffle_by_depth": [6, 10],
     "patches": [12, 20],
     "sampled": [16],
+    "group_norm": [4, 12],
+    "group_norm_of_older_opsets": [4, 12],
 }
 
 
@@ -520,6 +538,50 @@ def test_heads_of_attention_go_whole():
     assert free(coupling) == [4]
     group = next(g for g in coupling.groups if g.frozen is None)
     assert sorted(member.positions.shape[1] for member in group.weights) == [8, 8, 8, 8]
+
+
+# ----------------------------------------------------------------------------------------- what a norm takes a mean of
+
+
+def normalised(norm: str, kept: np.ndarray, axis: int = -1) -> Net:
+    """Two projections added up, a norm over their channels, and a product: as it is with ``kept`` channels only."""
+    net = Net(("x", ["N", 6, 16]), opset=23 if norm == "RMSNormalization" else 17, seed=3)
+    weights = [net.rng.standard_normal(size).astype(np.float32) for size in ((16, 24), (16, 24), 24, 24, (24, 5))]
+    first, second, scale, bias = (net.const(weight[..., kept]) for weight in weights[:4])
+    y = net.op("Add", net.op("MatMul", "x", first), net.op("MatMul", "x", second))
+    if norm == "spelled out":
+        y = net.op("Sub", y, net.op("ReduceMean", y, axes=[axis]))
+        variance = net.op("ReduceMean", net.op("Mul", y, y), axes=[axis])
+        y = net.op("Div", y, net.op("Sqrt", net.op("Add", variance, net.const(np.float32(1e-5)))))
+        y = net.op("Add", net.op("Mul", y, scale), bias)
+    else:
+        y = net.op(norm, y, scale, *([bias] if norm == "LayerNormalization" else []), axis=axis)
+    net.out = net.op("MatMul", y, net.const(weights[4][kept]))
+    return net
+
+
+@pytest.mark.parametrize("norm", ["LayerNormalization", "RMSNormalization", "spelled out"])
+def test_a_norm_over_what_is_left_equals_one_that_was_built_so(norm):
+    whole, kept = np.arange(24), np.array([0, 1, 3, 4, 9, 10, 11, 20, 22])
+    net = normalised(norm, whole)
+    model = net.model(net.out)
+    coupling = couple(model)
+    (index,) = (k for k, group in enumerate(coupling.groups) if group.frozen is None)
+    assert coupling.groups[index].channels == 24
+    assert coupling.groups[index].spanned
+    cut(model, coupling, {index: np.setdiff1d(whole, kept)})
+    narrow = normalised(norm, kept)
+    feed = feeds(model, 2)
+    wanted = Session(narrow.model(narrow.out)).run(feed)[narrow.out]
+    np.testing.assert_allclose(Session(model).run(feed)[net.out], wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_norm_over_several_axes_freezes_them():
+    net = normalised("LayerNormalization", np.arange(24), axis=-2)
+    scale = next(node.input[1] for node in net.nodes if node.op_type == "LayerNormalization")
+    for name in (scale, next(node.input[2] for node in net.nodes if node.op_type == "LayerNormalization")):
+        net.weights[name] = np.ones((6, 24), np.float32)
+    assert "normalises over it" in frozen_by(net, net.out)
 
 
 # --------------------------------------------------------------------------------------------------- what is frozen

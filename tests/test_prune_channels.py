@@ -21,7 +21,7 @@ from onnxslim.passes._statistics import Moments, input_moments, linear_layer
 from onnxslim.passes._trunk import Trunk
 from onnxslim.passes.base import Context, Outcome, Pass
 from onnxslim.passes.factorize_low_rank import FactorizeLowRank
-from onnxslim.passes.prune_channels import PruneChannels
+from onnxslim.passes.prune_channels import PruneChannels, _last
 from onnxslim.passes.share_weights import ShareWeights
 from onnxslim.runtime import Session
 
@@ -737,3 +737,47 @@ def test_heads_behind_one_product_are_pruned_below_eight():
     for feed in feeds[:3]:
         wanted = dense.run(feed)["y"]
         assert np.square(pruned.run(feed)["y"] - wanted).mean() < 0.02 * wanted.var()
+
+
+def normalised_net() -> onnxslim.Model:
+    """A residual stream that a norm spans, with nothing else that could be cut."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "first": rng.standard_normal((12, 32)) / 3,
+        "scale": rng.uniform(0.5, 1.5, 32),
+        "bias": rng.standard_normal(32),
+        "out": rng.standard_normal((32, 6)) * np.array([1, 0.1]).repeat(16)[:, None],
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "first"], ["h"], "first"),
+        helper.make_node("LayerNormalization", ["h", "scale", "bias"], ["n"], "norm", axis=-1),
+        helper.make_node("MatMul", ["n", "out"], ["y"], "out"),
+    ]
+    return build(nodes, weights, inputs=(("x", ["N", 5, 12]),))
+
+
+def test_what_a_norm_spans_is_cut_only_where_layers_are_refitted():
+    model = normalised_net()
+    outcome = PruneChannels(ratio=0.25).run(model, Context())
+    assert not outcome.changes
+    why = next(refusal.why for refusal in outcome.refusals if refusal.node == "first")
+    assert why == "32 channels stay: LayerNormalization 'norm' takes a mean over them, and nothing is refitted"
+    dense = Session(model)
+    outcome = PruneChannels(ratio=0.25).run(model, Context(calibration=data(model)))
+    assert any(change.what.startswith("32 -> 24 channels: first, out") for change in outcome.changes)
+    feed = {"x": next(iter(data(normalised_net(), seed=5)))["x"]}
+    wanted = dense.run(feed)["y"]
+    assert np.square(Session(model).run(feed)["y"] - wanted).mean() < 0.05 * wanted.var()
+
+
+def test_what_the_last_layers_read_is_known():
+    rng = np.random.default_rng(0)
+    sizes = {"a": (8, 16), "b": (16, 24), "c": (24, 4), "d": (24, 3)}
+    products = [("x", "a", "h"), ("r", "b", "k"), ("s", "c", "y"), ("s", "d", "z")]
+    nodes = [helper.make_node("MatMul", [x, w], [y], w) for x, w, y in products]
+    nodes[1:1] = [helper.make_node("Relu", ["h"], ["r"])]
+    nodes[3:3] = [helper.make_node("Relu", ["k"], ["s"])]
+    weights = {name: rng.standard_normal(size) for name, size in sizes.items()}
+    model = build(nodes, weights, inputs=(("x", ["N", 8]),), outputs=("y", "z"))
+    coupling = couple(model)
+    assert [coupling.groups[index].makers[0].name for index in _last(model, coupling)] == ["b"]

@@ -234,7 +234,10 @@ def _reduce(op: Op) -> None:
     axes = op.ints("axes", 1)
     if axes is None:
         axes = [] if op.attr("noop_with_empty_axes", 0) else list(range(rank))
-    _keep_all_but(op, {normal(a, rank) for a in axes}, bool(op.attr("keepdims", 1)))
+    reduced = {normal(a, rank) for a in axes}
+    _keep_all_but(op, reduced, bool(op.attr("keepdims", 1)))
+    if op.node.op == "ReduceMean" and len(reduced) == 1:
+        op.spans(op.x, *reduced)
 
 
 def _arg(op: Op) -> None:
@@ -267,17 +270,31 @@ def _softmax(op: Op) -> None:
 def _layer_norm(op: Op) -> None:
     rank = len(op.dims(op.x))
     first = normal(int(op.attr("axis", -1)), rank)
-    for axis in range(rank):
-        if axis >= first:
-            for tensor, place in ((op.x, axis), *((t, axis - first) for t in op.inputs[1:]), (op.y, axis)):
-                op.because(tensor, place, f"{op.label} normalises over it")
-        else:
-            op.join(op.x, axis, op.y, axis)
+    for axis in range(first):
+        op.join(op.x, axis, op.y, axis)
+    parameters = [tensor for tensor in op.inputs[1:] if not tensor.is_empty()]
+    if first == rank - 1 and len(op.outputs) == 1 and all(len(op.dims(tensor)) == 1 for tensor in parameters):
+        op.spans(op.x, first)
+        for tensor, place in ((op.y, first), *((tensor, 0) for tensor in parameters)):
+            if op.dims(tensor)[place] != 1:
+                op.join(op.x, first, tensor, place)
+        return
+    for axis in range(first, rank):
+        for tensor, place in ((op.x, axis), (op.y, axis), *((tensor, axis - first) for tensor in parameters)):
+            op.because(tensor, place, f"{op.label} normalises over it")
 
 
 def _group_norm(op: Op) -> None:
+    """Groups go whole, as an axis of groups would: those that stay are what they were."""
     op.join(op.x, 0, op.y, 0)
-    op.because(op.x, 1, f"{op.label} normalises over groups of it")
+    channels, groups = _counted(op, op.x, 1), int(op.attr("num_groups", 1))
+    places, each = np.arange(channels), channels // groups
+    op.join(op.x, 1, op.y, 1)
+    op.join(op.x, 1, op.x, 1, places, places // each * each)
+    for parameter in op.inputs[1:]:  # one of each group up to opset 20, one of each channel from then on
+        size = _counted(op, parameter, 0)
+        op.join(parameter, 0, op.x, 1, np.arange(size), np.arange(size) * (channels // size))
+    op.follow(op.x, 1, lambda _, kept: op.node.attrs.update(num_groups=len(kept) // each))
 
 
 # --------------------------------------------------------------------------------------------------- moving channels

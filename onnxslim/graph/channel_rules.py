@@ -172,6 +172,13 @@ class Op:
         self.tell(tensor, axis)
         self.tracer.freeze(tensor, axis, self.node, why)
 
+    def spans(self, tensor: gs.Tensor, axis: int) -> None:
+        """Say that this node takes a mean over an axis, whatever its length."""
+        self.tell(tensor, axis)
+        key = self.tracer.axis(tensor, axis, self.node)
+        if key is not None:
+            self.tracer.coupling.spanned.setdefault(key, self.label)
+
     def because(self, tensor: gs.Tensor, axis: int, why: str) -> None:
         """Give the reason to use should nothing be said about an axis."""
         self.why[(id(tensor), axis)] = why

@@ -8,7 +8,9 @@ component the atoms fall into classes, and classes that touch the same axes equa
 can be exchanged for each other, any number of which may go.
 
 An axis that must stay as it is (graph inputs and outputs, a Softmax over it, an operator without a rule, a size that is
-computed) freezes every class it takes part in, with a reason. What each operator does stands in ``channel_rules``.
+computed) freezes every class it takes part in, with a reason. A mean over an axis, such as that of a layer norm, is
+taken of those that are left: such a group is not the same as one whose channels went silent. What each operator does
+stands in ``channel_rules``.
 
 The view of a network as masks that propagate through operators follows SPA (arXiv 2403.18955) and DepGraph
 (arXiv 2301.12900); positions instead of whole axes make concatenations, slices and flattened axes exact.
@@ -76,12 +78,14 @@ class Group:
         members: the axes they take part in.
         uses: the layers that make them or sum over them.
         frozen: why none of them can go; None when they can.
+        spanned: what takes a mean over them, so that those that stay are not what they were; None when nothing does.
     """
 
     channels: int
     members: list[Member]
     uses: list[Use]
     frozen: str | None = None
+    spanned: str | None = None
 
     @property
     def makers(self) -> list[gs.Node]:
@@ -129,6 +133,7 @@ class Coupling:
         places: where each axis lies.
         links: what each edge joins: position ``left[k]`` of the one is position ``right[k]`` of the other.
         frozen: why an axis cannot be cut.
+        spanned: which node takes a mean over an axis, of as many positions as there are.
         uses: layers with weights that make or consume an axis.
         adjustments: attributes and size constants that name a length and follow a cut.
         groups: the channels, filled by `couple`.
@@ -138,6 +143,7 @@ class Coupling:
     places: dict[Axis, Place] = field(default_factory=dict)
     links: list[tuple[Axis, Axis, Indices, Indices]] = field(default_factory=list)
     frozen: dict[Axis, str] = field(default_factory=dict)
+    spanned: dict[Axis, str] = field(default_factory=dict)
     uses: list[Use] = field(default_factory=list)
     adjustments: list[Adjustment] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
@@ -219,7 +225,7 @@ def _groups(coupling: Coupling, part: set[Axis], links: list[tuple[Axis, Axis, I
     for same in alike.values():
         owners = owner[same[0]]
         atoms = np.stack(same)
-        members, reasons, known = [], [], []
+        members, reasons, spans, known = [], [], [], []
         for number in np.unique(owners):
             axis = axes[number]
             columns = np.flatnonzero(owners == number)
@@ -227,8 +233,10 @@ def _groups(coupling: Coupling, part: set[Axis], links: list[tuple[Axis, Axis, I
             known += uses.get(axis, [])
             if axis in coupling.frozen:
                 reasons.append(coupling.frozen[axis])
+            if axis in coupling.spanned:
+                spans.append(coupling.spanned[axis])
         if any(use.makes for use in known):
-            groups.append(Group(len(same), members, known, reasons[0] if reasons else None))
+            groups.append(Group(len(same), members, known, next(iter(reasons), None), next(iter(spans), None)))
     return groups
 
 
