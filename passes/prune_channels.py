@@ -245,8 +245,8 @@ class PruneChannels(Pass):
             floor = max(-(-least // step) * step, step)
             if group.frozen:
                 outcome.refuse(self.name, _title(group), f"{_width(group)} stay: {group.frozen}")
-            elif group.spanned and not refitted:
-                why = f"{group.spanned} takes a mean over them, and nothing is refitted"
+            elif group.spanned and not (refitted and any(not use.makes for use in group.uses)):
+                why = f"{group.spanned} takes a mean over them, and nothing behind it is refitted"
                 outcome.refuse(self.name, _title(group), f"{_width(group)} stay: {why}")
             elif group.channels <= floor:
                 why = f"kept widths are multiples of {self.multiple_of}, not below {floor}"

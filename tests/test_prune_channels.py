@@ -761,13 +761,27 @@ def test_what_a_norm_spans_is_cut_only_where_layers_are_refitted():
     outcome = PruneChannels(ratio=0.25).run(model, Context())
     assert not outcome.changes
     why = next(refusal.why for refusal in outcome.refusals if refusal.node == "first")
-    assert why == "32 channels stay: LayerNormalization 'norm' takes a mean over them, and nothing is refitted"
+    assert (
+        why == "32 channels stay: LayerNormalization 'norm' takes a mean over them, and nothing behind it is refitted"
+    )
     dense = Session(model)
     outcome = PruneChannels(ratio=0.25).run(model, Context(calibration=data(model)))
     assert any(change.what.startswith("32 -> 24 channels: first, out") for change in outcome.changes)
     feed = {"x": next(iter(data(normalised_net(), seed=5)))["x"]}
     wanted = dense.run(feed)["y"]
     assert np.square(Session(model).run(feed)["y"] - wanted).mean() < 0.05 * wanted.var()
+
+
+def test_channels_of_which_the_mean_is_an_output_stay():
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "w"),
+        helper.make_node("ReduceMean", ["h"], ["y"], "mean", axes=[-1]),
+    ]
+    model = build(nodes, {"w": rng.standard_normal((12, 32))}, inputs=(("x", ["N", 12]),))
+    outcome = PruneChannels(ratio=0.25).run(model, Context(calibration=data(model)))
+    assert not outcome.changes
+    assert "ReduceMean 'mean' takes a mean over them" in outcome.refusals[0].why
 
 
 def test_what_the_last_layers_read_is_known():

@@ -77,7 +77,7 @@ class Tracer:
         if value is None:
             computed = self.shapes.elements(tensor)
             return None if computed is None else list(computed)
-        if value is None or value.dtype.kind not in "iu" or value.ndim > 1 or value.size > 64:
+        if value.dtype.kind not in "iu" or value.ndim > 1 or value.size > 64:
             return None
         return [int(v) for v in value.reshape(-1)]
 
