@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import numpy as np
+import onnx.parser
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -155,6 +156,18 @@ def test_a_size_is_learned_from_the_layer_that_takes_no_other():
     assert facts.of(made["r"]).shape == (1, 5, 2, 2)
     assert facts.require_shapes(nodes) == []  # nothing is learned twice
     assert infer_shapes(model).shape(made["r"]) == [1, 5, 2, 2]
+
+
+def test_nothing_is_learned_from_what_a_function_is_told():
+    source = onnx.parser.parse_model("""
+    <ir_version: 8, opset_import: ["" : 17, "d": 1]>
+    g (float[1, 4, 5, 5] x, float[4, 1, 3, 3] w) => (float[a, b, c, e] y) { y = d.f<groups = 4>(x, w) }
+    <domain: "d", opset_import: ["" : 17]>
+    f <groups> (x, w) => (y) { h = Relu(x) c = Conv<group: int = @groups>(h, w) y = Relu(c) }
+    """)
+    model = load(source)
+    (function,) = model.graph.functions
+    assert Facts(model).require_shapes(list(function.nodes)) == []
 
 
 def test_declared_sizes_of_inner_tensors_are_not_believed():

@@ -94,7 +94,7 @@ class Facts:
         own = {id(tensor) for node in nodes for tensor in node.outputs}
         learned = []
         for node in reversed(nodes):
-            if not is_standard(node):
+            if not is_standard(node) or not has_plain_attributes(node):
                 continue
             for tensor, shape in self._shapes_wanted(node):
                 fact = self.of(tensor)
@@ -108,14 +108,13 @@ class Facts:
             yield from ((node.inputs[index], _of_rank(3)) for index in (0, 5, 6) if index < len(node.inputs))
         elif node.op in ("Conv", "ConvTranspose") and len(node.inputs) > 1:
             weight = self.of(node.inputs[1]).shape
-            if weight is not None:
-                of_group = weight[1 if node.op == "Conv" else 0]
-                channels = of_group * int(node.attrs.get("group", 1)) if node.op == "Conv" else of_group
+            if weight is not None and len(weight) > 1:
+                channels = weight[1] * int(node.attrs.get("group", 1)) if node.op == "Conv" else weight[0]
                 yield node.inputs[0], (fresh(), channels, *_of_rank(len(weight) - 2))
         elif node.op == "Gemm":
             yield from ((tensor, _of_rank(2)) for tensor in node.inputs[:2])
-        elif node.op == "MatMul":
-            left, right = (self.of(tensor).shape for tensor in node.inputs)
+        elif node.op == "MatMul" and len(node.inputs) > 1:
+            left, right = (self.of(tensor).shape for tensor in node.inputs[:2])
             if left and right:
                 yield node.inputs[0], (*left[:-1], right[-2] if len(right) > 1 else right[0])
         elif node.op == "Transpose" and isinstance(node.attrs.get("perm"), list):
