@@ -161,9 +161,11 @@ def test_a_size_is_learned_from_the_layer_that_takes_no_other():
 def test_nothing_is_learned_from_what_a_function_is_told():
     source = onnx.parser.parse_model("""
     <ir_version: 8, opset_import: ["" : 17, "d": 1]>
-    g (float[1, 4, 5, 5] x, float[4, 1, 3, 3] w) => (float[a, b, c, e] y) { y = d.f<groups = 4>(x, w) }
+    g (float[1, 2, 5, 5] x) => (float[a, b, c, e] y) { y = d.f<groups = 2>(x) }
     <domain: "d", opset_import: ["" : 17]>
-    f <groups> (x, w) => (y) { h = Relu(x) c = Conv<group: int = @groups>(h, w) y = Relu(c) }
+    f <groups> (x) => (y) {
+        h = Relu(x) w = Constant<value = float[2, 1, 1, 1] {1.0, 2.0}>() y = Conv<group: int = @groups>(h, w)
+    }
     """)
     model = load(source)
     (function,) = model.graph.functions
