@@ -178,13 +178,19 @@ class PruneChannels(Pass):
         macs, size = _costs(model, coupling, context, data)
         times = self._times(model, coupling, data, outcome) if self.cost == "latency" else {}
         batches = None if data is None else partial(data.batches, max(1, min(_BATCH, _BATCH_BYTES // max(size, 1))))
-        removals = self._removals(model, coupling, choices, batches, 0 if data is None else data.samples, context.seed)
+        last = _last(model, coupling)
+        samples = None if data is None else data.samples
+        removals, unseen = self._removals(model, coupling, choices, last, batches, samples or 0, context.seed)
+        for index, why in unseen.items():
+            outcome.refuse(self.name, _title(coupling.groups[index]), f"{_width(coupling.groups[index])} stay: {why}")
+            del choices[index]
+        if not choices:
+            return _Tally()
         weights = weight_costs(coupling, macs)
         counted = {} if self.cost == "parameters" else times or macs
         budgeted = weight_costs(coupling, counted if any(counted.values()) else None)
         measured = self.criterion == "obs" and batches is not None
         spanned = {index for index in choices if coupling.groups[index].spanned}
-        last = _last(model, coupling) & set(choices)
         proposals = self._proposals(choices, spanned, last, removals, budgeted, measured=measured)
         widths = proposals[0]
         if batches is not None and self.recover and len(proposals) > 1:
@@ -205,7 +211,6 @@ class PruneChannels(Pass):
         for index in removed:
             outcome.change(self.name, _title(coupling.groups[index]), _told(coupling.groups[index], widths[index]))
         if teacher is not None and batches is not None:
-            samples = None if data is None else data.samples
             self._recover(model, teacher, coupling, plan, batches, context, outcome, samples)
         else:
             why = "recover is off" if not self.recover else "there is no calibration data"
@@ -338,23 +343,35 @@ class PruneChannels(Pass):
         model: Model,
         coupling: Coupling,
         choices: dict[int, Choice],
+        last: set[int],
         batches: Callable[[], Iterable[Feed]] | None,
         samples: int,
         seed: int,
-    ) -> dict[int, Removal]:
-        """In which order the channels of each group would go."""
+    ) -> tuple[dict[int, Removal], dict[int, str]]:
+        """In which order the channels of each group would go, and for which groups the data cannot tell, and why.
+
+        What a layer of more outputs than rows were seen needs for each of them does not show: most characters of a
+        recogniser, and many classes, never occurred. Nothing makes up for it behind the last layers.
+        """
         found = {index: norm_removal(coupling.groups[index]) for index in choices}
         if self.criterion != "obs" or batches is None:
-            return found
+            return found, {}
         reading = {index: readers(coupling.groups[index]) for index in choices}
         every = [reader for some in reading.values() for reader in some]
         rows = self.rows_per_sample
         moments = reader_moments(model, every, batches, per_sample=rows, samples=samples, seed=seed)
+        unseen = {
+            index: f"{name!r} tells {outputs} outputs from them, and calibration shows it {count} rows"
+            for index in last & set(choices)
+            for reader in reading[index]
+            for name, outputs, count in [(reader.layer.node.name, reader.layer.shape[1], moments[reader].count)]
+            if outputs > count
+        }
         return found | {
             index: removal
             for index, some in reading.items()
-            if (removal := obs_removal(coupling.groups[index], some, moments)) is not None
-        }
+            if index not in unseen and (removal := obs_removal(coupling.groups[index], some, moments)) is not None
+        }, unseen
 
     # -------------------------------------------------------------------------------------------------- recovering
 

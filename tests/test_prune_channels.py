@@ -784,6 +784,29 @@ def test_channels_of_which_the_mean_is_an_output_stay():
     assert "ReduceMean 'mean' takes a mean over them" in outcome.refusals[0].why
 
 
+@pytest.mark.parametrize(("samples", "cut"), [(96, False), (256, True)])
+def test_inputs_of_more_classes_than_rows_that_were_seen_stay(samples, cut):
+    rng = np.random.default_rng(0)
+    weights = {
+        "a": rng.standard_normal((8, 32)),
+        "b": rng.standard_normal((32, 32)),
+        "c": rng.standard_normal((32, 200)),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], "a"),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "b"], ["k"], "b"),
+        helper.make_node("Relu", ["k"], ["s"]),
+        helper.make_node("MatMul", ["s", "c"], ["y"], "c"),
+    ]
+    model = build(nodes, weights, inputs=(("x", ["N", 8]),))
+    outcome = PruneChannels(ratio=0.5).run(model, Context(calibration=data(model, samples)))
+    why = {refusal.node: refusal.why for refusal in outcome.refusals}
+    told = "32 channels stay: 'c' tells 200 outputs from them, and calibration shows it 96 rows"
+    assert (why.get("b") == told) is not cut
+    assert any(change.node == "a" for change in outcome.changes) or cut
+
+
 def test_what_the_last_layers_read_is_known():
     rng = np.random.default_rng(0)
     sizes = {"a": (8, 16), "b": (16, 24), "c": (24, 4), "d": (24, 3)}
