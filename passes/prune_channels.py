@@ -281,9 +281,13 @@ class PruneChannels(Pass):
         uniform = whole | dict(zip(plain, uniform_widths(list(plain.values()), self.ratio), strict=True))
         if not measured:
             return [uniform]
-        removed = {index: choice.channels - uniform[index] for index, choice in choices.items()}
+
+        def cost(widths: dict[int, int]) -> float:
+            removed = {index: choice.channels - widths[index] for index, choice in choices.items()}
+            return sum(weight.cost(removed) for weight in weights)
+
         losses = {index: removal.losses for index, removal in removals.items()}
-        budget = sum(weight.cost(removed) for weight in weights)
+        budget = cost(uniform)
         ways = [*allocate(plain, losses, weights, budget), uniform]
         if spared := {index: choice for index, choice in plain.items() if index not in last}:
             ways += allocate(spared, losses, weights, budget)[:1]
@@ -291,8 +295,7 @@ class PruneChannels(Pass):
             ways += allocate(choices, losses, weights, budget)[:1]
         found: list[dict[int, int]] = []
         for widths in (whole | way for way in ways):
-            removed = {index: choice.channels - widths[index] for index, choice in choices.items()}
-            if widths not in found and (not found or sum(weight.cost(removed) for weight in weights) <= budget):
+            if widths not in found and (not found or cost(widths) <= budget):
                 found.append(widths)
         return found
 

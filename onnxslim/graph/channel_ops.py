@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -256,15 +256,20 @@ def _keep_all_but(op: Op, reduced: set[int], keepdims: bool) -> None:
             place += 1
 
 
+def _join_all_but(op: Op, apart: Collection[int], why: str) -> None:
+    """Join the axes of input and output one to one, but those that the node takes as a whole."""
+    for axis in range(len(op.dims(op.x))):
+        if axis in apart:
+            op.because(op.x, axis, why)
+        else:
+            op.join(op.x, axis, op.y, axis)
+
+
 def _softmax(op: Op) -> None:
     rank = len(op.dims(op.x))
     newer = op.tracer.model.opset >= 13
     first = normal(int(op.attr("axis", -1 if newer else 1)), rank)
-    for axis in range(rank):
-        if axis == first or (axis > first and not newer):
-            op.because(op.x, axis, f"{op.label} normalises over it")
-        else:
-            op.join(op.x, axis, op.y, axis)
+    _join_all_but(op, range(first, first + 1 if newer else rank), f"{op.label} normalises over it")
 
 
 def _layer_norm(op: Op) -> None:
@@ -294,7 +299,7 @@ def _group_norm(op: Op) -> None:
     for parameter in op.inputs[1:]:  # one of each group up to opset 20, one of each channel from then on
         size = _counted(op, parameter, 0)
         op.join(parameter, 0, op.x, 1, np.arange(size), np.arange(size) * (channels // size))
-    op.follow(op.x, 1, lambda _, kept: op.node.attrs.update(num_groups=len(kept) // each))
+    op.follow(op.x, 1, _recount(op, "num_groups", each))
 
 
 # --------------------------------------------------------------------------------------------------- moving channels
@@ -452,11 +457,7 @@ def _pad(op: Op) -> None:
         raise Unknown(f"{op.label} has no pads")
     axes = [normal(a, rank) for a in op.ints("axes", 3) or range(rank)]
     padded = {axis for k, axis in enumerate(axes) if pads[k] or pads[k + len(axes)]}
-    for axis in range(rank):
-        if axis in padded:
-            op.because(op.x, axis, f"{op.label} pads it")
-        else:
-            op.join(op.x, axis, op.y, axis)
+    _join_all_but(op, padded, f"{op.label} pads it")
 
 
 def _resize(op: Op) -> None:
@@ -485,9 +486,8 @@ def _depth_to_space(op: Op) -> None:
     before, after = _counted(op, op.x, 1), _counted(op, op.y, 1)
     places = np.arange(before)
     op.join(op.x, 0, op.y, 0)
-    op.join(
-        op.x, 1, op.y, 1, places, places // (before // after) if op.attr("mode", "DCR") == "CRD" else places % after
-    )
+    channels = places // (before // after) if op.attr("mode", "DCR") == "CRD" else places % after
+    op.join(op.x, 1, op.y, 1, places, channels)
 
 
 def _space_to_depth(op: Op) -> None:
@@ -497,8 +497,7 @@ def _space_to_depth(op: Op) -> None:
 
 
 def _grid_sample(op: Op) -> None:
-    op.join(op.x, 0, op.y, 0)
-    op.join(op.x, 1, op.y, 1)
+    _pool(op)
     op.join(op.x, 0, op.inputs[1], 0)
 
 
@@ -512,23 +511,14 @@ def _tile(op: Op) -> None:
     repeats = constant_value(op.inputs[1])
     if repeats is None:
         raise Unknown(f"{op.label} computes its repeats")
-    for axis, times in enumerate(repeats.tolist()):
-        if times == 1:
-            op.join(op.x, axis, op.y, axis)
-        else:
-            op.because(op.x, axis, f"{op.label} repeats it")
+    _join_all_but(op, np.flatnonzero(repeats != 1).tolist(), f"{op.label} repeats it")
 
 
 def _cumsum(op: Op) -> None:
     along = constant_value(op.inputs[1])
     if along is None:
         raise Unknown(f"{op.label} computes its axis")
-    rank = len(op.dims(op.x))
-    for axis in range(rank):
-        if axis == normal(int(along), rank):
-            op.because(op.x, axis, f"{op.label} sums along it")
-        else:
-            op.join(op.x, axis, op.y, axis)
+    _join_all_but(op, [normal(int(along), len(op.dims(op.x)))], f"{op.label} sums along it")
 
 
 def _attention(op: Op) -> None:
@@ -553,7 +543,7 @@ def _attention(op: Op) -> None:
             (query, "q_num_heads", widths[0] // many),
             (key, "kv_num_heads", widths[1] // few),
         ):
-            op.follow(tensor, axis, _renumber_heads(op, name, each))
+            op.follow(tensor, axis, _recount(op, name, each))
     if op.has(3) and len(op.dims(op.inputs[3])) == 4 and op.dims(op.inputs[3])[1] != 1:
         places = np.arange(many)
         op.join(op.inputs[3], 1, query, axis, places, places * (widths[0] // many))
@@ -566,7 +556,8 @@ def _counted(op: Op, tensor: gs.Tensor, axis: int) -> int:
     return size
 
 
-def _renumber_heads(op: Op, name: str, each: int) -> Callable[[Cut, Indices], None]:
+def _recount(op: Op, name: str, each: int) -> Callable[[Cut, Indices], None]:
+    """Follow a cut in an attribute that counts heads or groups of ``each`` positions."""
     return lambda _, kept: op.node.attrs.update({name: len(kept) // each})
 
 
@@ -583,7 +574,7 @@ def _rotary(op: Op) -> None:
     places, each = np.arange(width), width // heads
     op.join(op.x, 2, op.y, 2)
     op.join(op.x, 2, op.x, 2, places, places // each * each)
-    op.follow(op.x, 2, _renumber_heads(op, "num_heads", each))
+    op.follow(op.x, 2, _recount(op, "num_heads", each))
 
 
 def _quantized(op: Op) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -72,7 +73,7 @@ def _factor(op: Op, many: gs.Tensor, axes: list[int], one: gs.Tensor, merged: in
     sizes = [int(n) for n in lengths if isinstance(n, int)]
     alive = (k for k, a in enumerate(axes) if op.lives(many, a))
     whole = (k for k, a in enumerate(axes) if sizes[k] > 1 and not _taken_apart(op, many, a))
-    chosen = next(alive, next(whole, 0))
+    chosen = next(itertools.chain(alive, whole), 0)
     positions = np.arange(math.prod(sizes))
     inner = math.prod(sizes[chosen + 1 :])
     op.join(many, axes[chosen], one, merged, positions // inner % sizes[chosen], positions)
