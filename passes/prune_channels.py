@@ -191,7 +191,7 @@ class PruneChannels(Pass):
         budgeted = weight_costs(coupling, counted if any(counted.values()) else None)
         measured = self.criterion == "obs" and batches is not None
         spanned = {index for index in choices if coupling.groups[index].spanned}
-        proposals = self._proposals(choices, spanned, last, removals, budgeted, measured=measured)
+        proposals = self._proposals(choices, spanned, removals, budgeted, measured=measured)
         widths = proposals[0]
         if batches is not None and self.recover and len(proposals) > 1:
             widths = self._best(model, proposals, removals, batches, context.seed)
@@ -264,7 +264,6 @@ class PruneChannels(Pass):
         self,
         choices: dict[int, Choice],
         spanned: set[int],
-        last: set[int],
         removals: dict[int, Removal],
         weights: list[WeightCost],
         *,
@@ -273,8 +272,7 @@ class PruneChannels(Pass):
         """Channels to keep of each group: ways that cost no more than a uniform cut, the likeliest first.
 
         Groups that a norm spans change what is left of them when they are cut. Where there are others, those say how
-        much is to go, and the spanned ones are one more way to save it. What the last layers read is best spared now
-        and then: nothing behind them makes up for what they lose.
+        much is to go, and the spanned ones are one more way to save it.
         """
         plain = {index: choice for index, choice in choices.items() if index not in spanned} or choices
         whole = {index: choice.channels for index, choice in choices.items()}
@@ -289,8 +287,6 @@ class PruneChannels(Pass):
         losses = {index: removal.losses for index, removal in removals.items()}
         budget = cost(uniform)
         ways = [*allocate(plain, losses, weights, budget), uniform]
-        if spared := {index: choice for index, choice in plain.items() if index not in last}:
-            ways += allocate(spared, losses, weights, budget)[:1]
         if len(plain) < len(choices):
             ways += allocate(choices, losses, weights, budget)[:1]
         found: list[dict[int, int]] = []
